@@ -1,0 +1,191 @@
+"""What all stages repeat, written once: set-up, checkpoints, learning-rate schedule, log, progress bar."""
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import STAGES, UserError, folder, parse_args, settings_of, steps_of
+from data import load_world, parse_answers, tensors
+from model import GPT
+
+
+def script(main, doc):
+    """Run main(cfg) of a stage script; what the user can mend is one sentence on stderr and exit code 2."""
+    try:
+        cfg = parse_args(doc)
+        torch.set_num_threads(cfg.threads)
+        main(cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def device_of(cfg):
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+
+
+def generator(cfg, name, step, device):
+    """A random generator that depends on (seed, name of the stage or use, step) and nothing else."""
+    key = np.random.SeedSequence([cfg.seed, step, *name.encode()]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(key) % 2 ** 63)
+
+
+def new_model(cfg, world):
+    torch.manual_seed(cfg.seed)
+    return GPT(len(world.words), cfg.n_layer, cfg.n_head, cfg.d_model).to(device_of(cfg))
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------------------------------
+
+def save_atomically(path, write):
+    """write(temporary path), then move it into place: a reader sees the old file or the new one, never a part."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}): free some space or choose another --run_dir")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_tensors(path):
+    """torch.load that can only yield tensors and plain values, never run code. UserError if the file is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is cut short or not its own
+        raise UserError(f"{path} is damaged or no file of this project ({type(error).__name__}): delete it and run the "
+                        f"script that writes it again")
+
+
+def checkpoint_path(cfg, stage):
+    return folder(cfg, f"seed{cfg.seed}", stage, "checkpoint.pt")
+
+
+def read_checkpoint(cfg, stage, world):
+    """The checkpoint of a stage as a dict, or None if there is none. UserError if it is damaged or of other settings."""
+    path = checkpoint_path(cfg, stage)
+    if not os.path.exists(path):
+        return None
+    state = load_tensors(path)
+    keys = {"stage", "settings", "words", "model", "optimizer", "step", "finished", "seconds"}
+    if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["settings"], dict):
+        raise UserError(f"{path} is no checkpoint of this project: delete it and run "
+                        f"`python train_{stage}.py --config {cfg.config}` again")
+    settings, words, found, wanted = state["settings"], state["words"], state["stage"], settings_of(cfg, stage)
+    differ = [f"{k}={settings.get(k)} there, {wanted.get(k)} now" for k in sorted({*settings, *wanted})
+              if settings.get(k) != wanted.get(k)]
+    if found != stage or words != world.words:
+        differ.append("another stage or vocabulary")
+    if differ:
+        raise UserError(f"{path} was made with other settings ({'; '.join(differ[:4])}): use the same, or another "
+                        f"--run_dir, or delete it")
+    return state
+
+
+def load_stage(cfg, stage, world):
+    """The finished model of a stage, in eval mode, and its checkpoint. UserError if the stage has not finished."""
+    state = read_checkpoint(cfg, stage, world)
+    if state is None or not state["finished"]:
+        raise UserError(f"no finished checkpoint {checkpoint_path(cfg, stage)}: first run "
+                        f"`python train_{stage}.py --config {cfg.config}` with the same settings")
+    model = new_model(cfg, world)
+    model.load_state_dict(state["model"])
+    return model.eval(), state
+
+
+# --- The loop around a stage's own loss -----------------------------------------------------------------------------------
+
+class Run:
+    """Optimiser, schedule, checkpoints, log and bar of one stage. Use:
+
+        run = Run(cfg, "cft", model, world)
+        for step in run.steps():           # continues where a killed run stopped
+            run.update(loss)               # once or several times
+            run.log(loss=...)
+    """
+
+    def __init__(self, cfg, stage, model, world):
+        self.cfg, self.stage, self.model, self.world = cfg, stage, model, world
+        self.lr, self.n_steps = getattr(cfg, f"{stage}_lr"), steps_of(cfg, stage)
+        decay = [p for p in model.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if p.dim() != 2]
+        self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
+                                            {"params": rest, "weight_decay": 0.0}], lr=self.lr, betas=(0.9, 0.98))
+        self.first, self.seconds, self.shown, self.finished = 0, 0.0, {}, False
+        state = read_checkpoint(cfg, stage, world)
+        if state is not None:
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.first, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]
+        self.log_path = os.path.join(os.path.dirname(checkpoint_path(cfg, stage)), "metrics.jsonl")
+
+    def steps(self):
+        """Yield the numbers of the steps to do, saving as they pass."""
+        if self.finished:
+            print(f"{self.stage}: finished already ({checkpoint_path(self.cfg, self.stage)}); delete it to train again")
+            return
+        self._cut_log()
+        started, before = time.perf_counter(), self.seconds
+        with open(self.log_path, "a") as self.log_file, \
+                tqdm(range(self.first, self.n_steps), initial=self.first, total=self.n_steps, desc=self.stage) as self.bar:
+            for self.step in self.bar:
+                yield self.step
+                done = self.step + 1
+                self.seconds = before + time.perf_counter() - started
+                if done % self.cfg.save_every == 0 or done == self.n_steps:
+                    self.log_file.flush()
+                    self._save(done)
+
+    def update(self, loss):
+        """One optimiser step on a scalar loss; returns the gradient norm before clipping."""
+        scale = min(1.0, (self.step + 1) / self.cfg.warmup)
+        progress = self.step / max(1, self.n_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * scale * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        self.optimizer.step()
+        return norm.item()
+
+    def log(self, **values):
+        """One line of metrics.jsonl, and the bar."""
+        self.log_file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.shown.update(values)
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in self.shown.items()})
+
+    def time_to_validate(self):
+        return (self.step + 1) % self.cfg.valid_every == 0 or self.step + 1 == self.n_steps
+
+    def _save(self, done):
+        state = {"stage": self.stage, "settings": settings_of(self.cfg, self.stage), "words": self.world.words,
+                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": done,
+                 "finished": done == self.n_steps, "seconds": self.seconds}
+        save_atomically(checkpoint_path(self.cfg, self.stage), lambda path: torch.save(state, path))
+
+    def _cut_log(self):
+        """Forget log lines of steps that will be done again (a killed run logs more than it saved)."""
+        os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+        lines = []
+        if os.path.exists(self.log_path) and self.first:
+            with open(self.log_path) as f:
+                lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < self.first]
+        save_atomically(self.log_path, lambda path: open(path, "w").writelines(lines))
+
+
+def draw_batch(split, size, gen):
+    """Row numbers (size,) drawn from a split, with replacement."""
+    return torch.randint(len(split), (size,), generator=gen, device=gen.device).cpu().numpy()
+
+
+def valid_rate(tokens, split, rows):
+    """Share of valid answers among responses (n, R) to the rows of a split."""
+    return float(parse_answers(tokens.cpu().numpy(), split.k[rows], split.order.shape[1]).valid.mean())

@@ -1,0 +1,196 @@
+"""Settings of every stage, the presets, and the command line that overrides them.
+
+    python train_cft.py --config toy --cft_lr 0.001 --seed 1
+"""
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+class UserError(Exception):
+    """Something only the user can mend: one sentence that says what to do. Scripts print it and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    config: str = "toy"          # preset: toy (synthetic), small (Amazon Beauty, laptop), full (Amazon Beauty, GPU)
+    seed: int = 0                # every random draw of a step comes from (seed, stage, step)
+    run_dir: str = "runs"        # checkpoints go to <run_dir>/<config>/seed<seed>/<stage>/, the report to <run_dir>/<config>/
+    threads: int = 2             # CPU threads; bit-equal reruns need the same number
+    device: str = "auto"         # auto (GPU if there is one), cpu, cuda
+
+    # the world: what a prompt is made of
+    world: str = "toy"           # toy | beauty
+    data_dir: str = "data/beauty"  # folder with sequences.txt and items.tsv (beauty only)
+    hybrid: bool = False         # beauty: the stricter pre-ranker that also scores brand and category
+    n_candidates: int = 8        # K, the length of every list in validation and test
+    n_labels: int = 16           # label tokens; more than K, so that an answer can be out of set
+    min_list: int = 6            # shortest training list
+    max_list: int = 10           # longest training list
+    vary_lists: float = 0.3      # share of training lists whose length is not K
+    n_train: int = 40000         # training examples (toy: generated; beauty: at most, drawn from all prefixes)
+    n_val: int = 500             # validation users (at most)
+    n_test: int = 2000           # test users (at most)
+    fake_users: int = 0          # beauty: keep only this many users, for miniature runs (0 = all)
+
+    # the model, shared by teacher and student
+    n_layer: int = 4
+    n_head: int = 4
+    d_model: int = 96
+
+    # optimisation, shared by the stages
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    warmup: int = 50             # steps of linear warm-up; then cosine decay to a tenth
+    answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
+    max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
+    save_every: int = 100        # steps between checkpoints
+    valid_every: int = 100       # steps between the valid rates shown in the bar
+
+    # AR: the teacher
+    ar_steps: int = 1500
+    ar_lr: float = 2e-3
+
+    # block diffusion: the operating point, one rule for trace and answer, chosen on validation
+    block_size: int = 16         # B, tokens denoised in parallel
+    commit: str = "threshold"    # threshold: confidence > tau | factor: (n+1)(1 - c_n) < tau
+    tau: float = 0.9
+
+    # CFT: conversion fine-tuning
+    cft_steps: int = 1500
+    cft_lr: float = 2e-3
+    cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
+    cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
+    cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
+    cft_prompts: int = 10000     # training prompts that the teacher answers, once, before CFT
+
+    # OPD: on-policy distillation
+    opd_steps: int = 100
+    opd_lr: float = 2e-4
+    opd_divergence: str = "jsd"  # forward KL(T||S) | reverse KL(S||T) | jsd
+    opd_beta: float = 0.5        # jsd: weight of the teacher in the mixture
+    opd_anchor: float = 1.0      # weight of the CFT loss in the mix
+    opd_weight: float = 0.5      # weight of the divergence
+    opd_tau: float = 0.7         # threshold of the roll-outs; lower than the operating point, where mistakes are
+
+    # RL: GRPO / DAPO
+    rl_steps: int = 60           # roll-outs
+    rl_lr: float = 1e-4
+    rl_prompts: int = 16         # prompts a roll-out
+    rl_group: int = 8            # samples a prompt
+    rl_epochs: int = 2           # updates a roll-out; with one the ratio is 1 and the clip never acts
+    rl_temperature: float = 1.0
+    rl_eps_low: float = 0.2      # clip [1 - eps_low, 1 + eps_high]
+    rl_eps_high: float = 0.28
+    rl_alpha: float = 0.1        # format reward
+    rl_conditional: bool = True  # format reward only if the target rose, or stood first and still does
+
+    # evaluation
+    eval_batch: int = 256
+    eval_taus: str = "0.5,0.7,0.95,1.0"  # the curve around the operating point
+    eval_curve_users: int = 500  # users on the curve (the operating point has all)
+    eval_speed_seconds: float = 8.0  # time spent on each throughput measurement
+    seeds: str = "all"           # evaluate: seeds in the report, comma-separated, or all that finished
+
+
+PRESETS = {
+    "toy": {},
+    "small": dict(
+        world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
+        n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
+        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1.5e-3, cft_prompts=16000, opd_steps=100, rl_steps=100),
+    "full": dict(
+        world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
+        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, warmup=200,
+        ar_steps=4000, ar_lr=6e-4, cft_steps=4000, cft_lr=4e-4, cft_prompts=60000, opd_steps=400, rl_steps=300,
+        rl_prompts=64, eval_batch=1024),
+}
+STAGES = ("ar", "cft", "opd", "rl")  # each starts from the checkpoint of the one before
+RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "save_every", "valid_every", "n_val", "n_test"}  # change no weight
+
+
+def parse_args(doc, argv=None):
+    """Config from the command line: `--config NAME` picks the preset, every other `--name value` overrides a field.
+
+    Raises UserError for an unknown preset or option (naming the nearest) and for a value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in argv or "--help" in argv:
+        print(doc.strip(), "\n\nSettings (any of them as --name value), shown with the toy preset's values:\n")
+        print(inspect.getsource(Config).split("\n", 2)[2])
+        raise SystemExit(0)
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    given = {}
+    while argv:
+        name, _, value = argv.pop(0).partition("=")
+        if not name.startswith("--") or name[2:] not in fields:
+            near = difflib.get_close_matches(name.lstrip("-"), fields, n=3, cutoff=0.4)
+            raise UserError(f"unknown option {name}: did you mean {' or '.join('--' + n for n in near)}?" if near else
+                            f"unknown option {name}: see --help for the list")
+        name = name[2:]
+        if not value:
+            if not argv:
+                raise UserError(f"--{name} needs a value, for example --{name} {fields[name].default}")
+            value = argv.pop(0)
+        given[name] = _convert(name, fields[name].type, value)
+    preset = given.get("config", "toy")
+    if preset not in PRESETS:
+        raise UserError(f"unknown config '{preset}': choose one of {', '.join(PRESETS)}")
+    return check(Config(**{**PRESETS[preset], **given}))
+
+
+def _convert(name, kind, value):
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        return kind(value)
+    except (KeyError, ValueError):
+        raise UserError(f"--{name} must be {'true or false' if kind is bool else 'of type ' + kind.__name__}, not '{value}'")
+
+
+def check(cfg):
+    """Refuse settings that cannot work, before anything is written; returns cfg."""
+    choices = dict(world=("toy", "beauty"), commit=("threshold", "factor"), device=("auto", "cpu", "cuda"),
+                   cft_noise=("complementary", "uniform", "clipped"), opd_divergence=("forward", "reverse", "jsd"))
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f"--{name} must be one of {', '.join(allowed)}, not '{getattr(cfg, name)}'")
+    for name in ("block_size", "batch_size", "n_layer", "n_head", "threads", "n_candidates", "min_list", "rl_epochs",
+                 "rl_prompts", "eval_batch", "save_every", "valid_every", "n_train", "n_val", "n_test", "cft_prompts"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.d_model % (2 * cfg.n_head):
+        raise UserError(f"--d_model must be a multiple of 2 x n_head = {2 * cfg.n_head}, not {cfg.d_model}")
+    if not cfg.min_list <= cfg.n_candidates <= cfg.max_list <= cfg.n_labels:
+        raise UserError("list lengths must satisfy min_list <= n_candidates <= max_list <= n_labels, not "
+                        f"{cfg.min_list} <= {cfg.n_candidates} <= {cfg.max_list} <= {cfg.n_labels}")
+    if cfg.tau <= 0:
+        raise UserError(f"--tau must be above 0, not {cfg.tau}")
+    if cfg.rl_group < 2:
+        raise UserError(f"--rl_group must be at least 2 (an advantage compares samples of one prompt), not {cfg.rl_group}")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda asks for a GPU, and torch sees none: use --device cpu")
+    return cfg
+
+
+def settings_of(cfg, stage):
+    """The settings that a stage's result depends on: the shared ones and those of every stage up to it."""
+    later = STAGES[STAGES.index(stage) + 1:] + ("eval",)
+    later = tuple(s + "_" for s in later) + (("block_size", "commit", "tau") if stage == "ar" else ())
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in RUNTIME and not k.startswith(later)}
+
+
+def steps_of(cfg, stage):
+    """Number of updates of a stage."""
+    steps = getattr(cfg, f"{stage}_steps")
+    return min(steps, cfg.max_steps) if cfg.max_steps else steps
+
+
+def folder(cfg, *parts):
+    return os.path.join(cfg.run_dir, cfg.config, *parts)

@@ -1,0 +1,219 @@
+"""Worlds, prompts, traces and answers: everything between a file on disk and token ids.
+
+An example is a prompt (history and K candidates in pre-ranked order), a trace (a profile, then the evidence of every
+candidate, in the prompt's order; never a rank or a winner) and an answer (the K labels, best first). Every statement of
+a trace is computed from what the prompt shows, so a written trace can be checked by rule.
+
+    response = <profile> ... L1 e e e L2 e e e ... <answer> L4 L1 ... [EOS]
+
+Two worlds share this format: the toy world (synthetic, with a Bayes oracle) and Amazon Beauty.
+"""
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from config import UserError, folder
+from model import EOS, MASK, PAD
+
+SPECIAL = ["[PAD]", "[MASK]", "[EOS]", "<history>", "<last>", "<candidates>", "<profile>", "<answer>"]
+HISTORY, LAST, CANDIDATES, PROFILE, ANSWER, LABEL = 3, 4, 5, 6, 7, 8  # label of list position i is token LABEL + i
+
+
+@dataclass
+class Split:
+    """Examples as arrays, one row each: everything a stage or the evaluation may look at."""
+    prompt: np.ndarray  # (N, P) int16, left-padded
+    trace: np.ndarray   # (N, T) int16, right-padded: the trace as the rule writes it from the prompt
+    order: np.ndarray   # (N, max_list) int8, list positions best first by oracle or trace writer, -1 behind the list's end
+    target: np.ndarray  # (N,) int8, list position of the true next item, -1 if it is not in the list
+    k: np.ndarray       # (N,) int8, length of the list
+
+    def __len__(self):
+        return len(self.prompt)
+
+    def take(self, rows):
+        return Split(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
+
+
+@dataclass
+class World:
+    words: list         # token id -> word
+    n_labels: int
+    train: Split
+    val: Split
+    test: Split
+    source: str         # where the data came from, for the report
+    notes: dict         # measured facts about the data: counts, pre-ranker figures
+
+    @property
+    def max_response(self):
+        """Longest response of the world: trace, <answer>, labels, [EOS]."""
+        return self.test.trace.shape[1] + 1 + self.test.order.shape[1] + 1
+
+
+def tensors(split, rows, device):
+    """The rows' prompts and reference responses as int64 tensors: (n, P), (n, R)."""
+    part = split.take(rows)
+    return (torch.from_numpy(part.prompt.astype(np.int64)).to(device),
+            torch.from_numpy(responses(part.trace, part.order).astype(np.int64)).to(device))
+
+
+def responses(trace, order):
+    """trace (N, T), order (N, K) list positions, -1 = none -> responses (N, T + K + 2), right-padded."""
+    N = len(trace)
+    column = lambda token: np.full((N, 1), token, np.int16)
+    labels = np.where(order >= 0, order + LABEL, PAD).astype(np.int16)
+    return pack(np.concatenate((trace, column(ANSWER), labels, column(EOS)), axis=1), left=False)
+
+
+def pack(tokens, left):
+    """Move the [PAD] tokens of each row to one side, the other tokens keeping their order: (N, T) -> (N, T)."""
+    is_pad = tokens == PAD
+    order = np.argsort(~is_pad if left else is_pad, axis=1, kind="stable")
+    tokens = np.take_along_axis(tokens, order, axis=1)
+    used = int((tokens != PAD).sum(1).max())
+    return tokens[:, -used:] if left else tokens[:, :used]
+
+
+# --- Reading what a model wrote ----------------------------------------------------------------------------------------
+
+@dataclass
+class Answers:
+    """Parsed answers of N responses, arrays over rows."""
+    order: np.ndarray         # (N, K) the ranking as served: invalid answers repaired; -1 behind the list's end
+    valid: np.ndarray         # (N,) bool: exactly the k labels of the list, each once, then [EOS]
+    duplicated: np.ndarray    # (N,) bool: a label twice
+    dropped: np.ndarray       # (N,) bool: a label of the list missing
+    out_of_set: np.ndarray    # (N,) bool: a token that is no label of the list
+    identity: np.ndarray      # (N,) bool: the ranking as served is the incoming order
+    trace_tokens: np.ndarray  # (N,) tokens before <answer>
+
+
+def parse_answers(tokens, k, width):
+    """Read the answers of responses (N, R), right-padded, for lists of length k (N,); width = K of the returned orders.
+
+    Repair, as a server would: first occurrences are kept, missing labels follow in pre-ranked order.
+    """
+    tokens, k = np.asarray(tokens), np.asarray(k).astype(np.int64)
+    N, R = tokens.shape
+    at = np.arange(R)
+    started = np.cumsum(tokens == ANSWER, axis=1) > 0
+    start = np.where(started.any(1), started.argmax(1), (tokens != PAD).sum(1))
+    ended = tokens == EOS
+    end = np.where(ended.any(1), ended.argmax(1), (tokens != PAD).sum(1))
+    inside = (at > start[:, None]) & (at < end[:, None])
+    position = tokens - LABEL  # list position that a label names
+    is_label = inside & (position >= 0) & (position < k[:, None])
+    hit = is_label[:, :, None] & (position[:, :, None] == np.arange(width))  # (N, R, K)
+    times = hit.sum(1)  # (N, K)
+    listed = np.arange(width) < k[:, None]
+    first = np.where(times > 0, hit.argmax(1), R + np.arange(width))  # missing labels sort behind, in pre-ranked order
+    first = np.where(listed, first, 10 ** 6)
+    order = np.where(np.arange(width) < k[:, None], np.argsort(first, axis=1, kind="stable"), -1)
+    duplicated, dropped = (times > 1).any(1), ((times == 0) & listed).any(1)
+    out_of_set = (inside & ~is_label).any(1)
+    valid = ended.any(1) & ~duplicated & ~dropped & ~out_of_set
+    identity = (np.where(listed, order, 0) == np.where(listed, np.arange(width), 0)).all(1)
+    return Answers(order, valid, duplicated, dropped, out_of_set, identity, np.minimum(start, end))
+
+
+def statements(tokens, n_labels):
+    """Split one trace (a sequence of ids) into statements: each starts at <profile> or at a label. What stands before
+    the first start is a statement too (and matches nothing)."""
+    parts = []
+    for token in tokens:
+        if token in (PAD, ANSWER, EOS):
+            break
+        if not parts or token == PROFILE or LABEL <= token < LABEL + n_labels:
+            parts.append([])
+        parts[-1].append(int(token))
+    return [tuple(part) for part in parts]
+
+
+def faithfulness(tokens, trace, n_labels):
+    """Share of true statements in the traces of responses (N, R) -> (N,) in [0, 1].
+
+    Correct statements / max(required, made). `trace` (N, T) holds what the rule writes from the prompt: one profile and
+    one statement a candidate are required; missing, repeated, unparsable or about a non-candidate counts as wrong.
+    """
+    score = np.zeros(len(tokens))
+    for n, (row, reference) in enumerate(zip(tokens, trace)):
+        made, required = statements(row, n_labels), set(statements(reference, n_labels))
+        score[n] = len(required.intersection(made)) / max(len(required), len(made))
+    return score
+
+
+# --- The toy world ------------------------------------------------------------------------------------------------------
+# An item has 3 attributes of 5 values. A user has one favourite value an attribute, never shown; each attribute of an item
+# that the user takes is the favourite with probability q, else uniform. Other candidates are uniform. The pre-ranker
+# knows nothing but a position prior for the target. So the best ranking given the prompt has a closed form.
+
+TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY, TOY_Q, TOY_PRIOR = 3, 5, 6, 0.6, 0.25
+
+
+def toy_words(n_labels):
+    return (SPECIAL + [f"L{i + 1}" for i in range(n_labels)] + [f"{a}{v}" for a in "xyz" for v in range(TOY_VALUES)] +
+            [f"n{c}" for c in range(TOY_HISTORY + 1)])
+
+
+def toy_oracle(counts, items, k):
+    """Bayes score of each candidate: log P(target = c | prompt) + const, (N, K); -inf behind the list's end.
+
+    counts (N, A, V) of the history, items (N, K, A), k (N,). The favourite's posterior is f_v ~ rho^count_v with
+    rho = (q + (1-q)/V) / ((1-q)/V); an item taken by the user has value v with probability p_v = q f_v + (1-q)/V, any
+    other item with 1/V. Hence score = log prior(position) + sum over attributes of log(V p_v).
+    """
+    other = (1 - TOY_Q) / TOY_VALUES
+    f = ((TOY_Q + other) / other) ** counts.astype(np.float64)
+    p = TOY_Q * f / f.sum(-1, keepdims=True) + other  # (N, A, V)
+    rows, attributes = np.arange(len(items))[:, None, None], np.arange(TOY_ATTRIBUTES)
+    score = np.log(TOY_VALUES * p[rows, attributes, items]).sum(-1) - TOY_PRIOR * np.arange(items.shape[1])
+    return np.where(np.arange(items.shape[1]) < k[:, None], score, -np.inf)
+
+
+def toy_split(n, k, cfg, rng):
+    """n examples with lists of length k (n,), K = cfg.max_list columns."""
+    A, V, H, K, words = TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY, cfg.max_list, toy_words(cfg.n_labels)
+    favourite = rng.integers(V, size=(n, 1, A))
+    taken = lambda m: np.where(rng.random((n, m, A)) < TOY_Q, favourite, rng.integers(V, size=(n, m, A)))
+    history, items = taken(H), rng.integers(V, size=(n, K, A))
+    prior = np.where(np.arange(K) < k[:, None], np.exp(-TOY_PRIOR * np.arange(K)), 0)
+    target = (rng.random((n, 1)) * prior.sum(1, keepdims=True) > prior.cumsum(1)).sum(1)
+    items[np.arange(n), target] = taken(1)[:, 0]
+    counts = (history[..., None] == np.arange(V)).sum(1)  # (n, A, V)
+    score = toy_oracle(counts, items, k)
+    order = np.where(np.arange(K) < k[:, None], np.argsort(-score, axis=1, kind="stable"), -1)
+
+    value0, count0 = words.index("x0"), words.index("n0")
+    attribute = np.arange(A) * V + value0
+    column = lambda token: np.full((n, 1), token, np.int16)
+    labels = np.broadcast_to(LABEL + np.arange(K), (n, K))[..., None]
+    listed = (np.arange(K) < k[:, None])[..., None]
+    shown = np.where(listed, np.concatenate((labels, items + attribute), axis=2), PAD).reshape(n, -1)
+    prompt = pack(np.concatenate((column(HISTORY), (history + attribute).reshape(n, -1), column(CANDIDATES), shown), 1), left=True)
+    # Profile: the most frequent value of each attribute (ties: the smallest). Evidence: how often the history has each
+    # of the candidate's three values.
+    seen = counts[np.arange(n)[:, None, None], np.arange(A), items] + count0
+    evidence = np.where(listed, np.concatenate((labels, seen), axis=2), PAD).reshape(n, -1)
+    trace = pack(np.concatenate((column(PROFILE), counts.argmax(2) + attribute, evidence), 1), left=False)
+    return Split(prompt.astype(np.int16), trace.astype(np.int16), order.astype(np.int8), target.astype(np.int8), k.astype(np.int8))
+
+
+def list_lengths(n, cfg, rng):
+    """Training list lengths (n,): K, or, for a share vary_lists, uniform in [min_list, max_list]. Without variation
+    the answer's length could be learned by heart, and a label out of the list could never appear."""
+    return np.where(rng.random(n) < cfg.vary_lists, rng.integers(cfg.min_list, cfg.max_list + 1, n), cfg.n_candidates)
+
+
+def toy_world(cfg):
+    rng = np.random.default_rng([7])  # one world for all seeds of the training
+    fixed = lambda n: np.full(n, cfg.n_candidates)
+    train = toy_split(cfg.n_train, list_lengths(cfg.n_train, cfg, rng), cfg, rng)
+    val, test = toy_split(cfg.n_val, fixed(cfg.n_val), cfg, rng), toy_split(cfg.n_test, fixed(cfg.n_test), cfg, rng)
+    return World(toy_words(cfg.n_labels), cfg.n_labels, train, val, test, "synthetic", {})
+
+
+def load_world(cfg):
+    return toy_world(cfg)

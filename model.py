@@ -1,0 +1,160 @@
+"""One GPT for both decoders: the autoregressive teacher (causal mask) and the block-diffusion student (block mask).
+
+The attention mask is an argument, so the same weights serve both; there is no time embedding, because the number of
+[MASK] tokens in a block already says how far denoising has come. Rotary positions (arXiv 2104.09864), RMSNorm, tied
+embeddings, no biases.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PAD, MASK, EOS = 0, 1, 2  # the three tokens that decoders must know; data.py names the others
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: k, v are (n_layer, N, S, d_model); slot s holds position s."""
+
+    def __init__(self, model, n_rows, n_slots):
+        ref = model.embed.weight
+        shape = (len(model.blocks), n_rows, n_slots, ref.shape[1])
+        self.k, self.v = ref.new_empty(shape), ref.new_empty(shape)
+        self.k.zero_(), self.v.zero_()  # slots not yet written are masked, but 0 * NaN would still be NaN
+
+    def write(self, layer, k, v, slots):
+        """Store k, v (N, T, d) at `slots`: a slice, the same for all rows (cheap), or (N, T) indices, each row its own."""
+        if isinstance(slots, slice):
+            self.k[layer][:, slots], self.v[layer][:, slots] = k, v
+        else:
+            n_slots = self.k.shape[2]
+            flat = (slots + torch.arange(len(slots), device=slots.device)[:, None] * n_slots).flatten()
+            self.k[layer].view(-1, k.shape[-1]).index_copy_(0, flat, k.flatten(0, 1))
+            self.v[layer].view(-1, v.shape[-1]).index_copy_(0, flat, v.flatten(0, 1))
+
+    def keep(self, rows):
+        """Drop every row but `rows` (M,): a copy, so worth it only when many rows have finished."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding (RoFormer, eq. 34): x (N, T, H, hd) rotated in hd/2 planes by the angles (N, T, 1, hd/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then a 4x GELU MLP."""
+
+    def __init__(self, d_model, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.norm1, self.norm2 = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.up = nn.Linear(d_model, 4 * d_model, bias=False)
+        self.down = nn.Linear(4 * d_model, d_model, bias=False)
+
+    def forward(self, x, mask, cos, sin, cache=None, layer=None, slots=None, n_keys=None):
+        """x (N, T, d) -> (N, T, d). With a cache, keys and values are written to `slots` first and the queries see
+        slots [0, n_keys); mask is (N, 1, T, n_keys), without a cache (N, 1, T, T)."""
+        N, T, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(N, T, 3, self.n_head, d // self.n_head).unbind(2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            cache.write(layer, k.reshape(N, T, d), v.reshape(N, T, d), slots)
+            k = cache.k[layer][:, :n_keys].view(N, n_keys, self.n_head, -1)
+            v = cache.v[layer][:, :n_keys].view(N, n_keys, self.n_head, -1)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        x = x + self.out(y.transpose(1, 2).reshape(N, T, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """tokens -> hidden states (`forward`) -> logits of the next token (`logits`), computed only where they are needed."""
+
+    def __init__(self, vocab_size, n_layer, n_head, d_model, max_positions=1024):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_head) for _ in range(n_layer))
+        self.norm = nn.RMSNorm(d_model)
+        half = d_model // n_head // 2
+        angles = torch.arange(max_positions)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)  # (max_positions, 1, hd/2)
+        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # GPT-2 initialisation: residual outputs shrink with depth
+                nn.init.normal_(p, std=0.02 / (2 * n_layer) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
+
+    def forward(self, tokens, positions, mask, cache=None, slots=None, n_keys=None):
+        """tokens, positions (N, T) int; mask bool, True = may attend, broadcastable to (N, H, T, keys).
+        Returns the normalised hidden states (N, T, d_model)."""
+        x = self.embed(tokens)
+        cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, cos, sin, cache, layer, slots, n_keys)
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """(..., d_model) -> (..., vocab). [PAD] and [MASK] are inputs only: no decoder may ever emit them, so they get
+        no probability (a large finite number, not -inf: 0 * inf would spoil the KL of OPD)."""
+        out = F.linear(hidden, self.embed.weight)
+        out[..., :EOS] = -1e4
+        return out
+
+
+def pad_left(prompt):
+    """Number of [PAD] tokens before each prompt: (N, P) -> (N,)."""
+    return (prompt == PAD).sum(1)
+
+
+def causal_hidden(model, prompt, response):
+    """Hidden states that predict each response token autoregressively, in one forward.
+
+    prompt (N, P) left-padded, response (N, R) -> (N, R, d_model); row i of a response is predicted from the tokens before
+    it (the token shift: the state at slot P-1+i predicts response token i).
+    """
+    tokens = torch.cat((prompt, response[:, :-1]), dim=1)  # (N, P+R-1)
+    slot = torch.arange(tokens.shape[1], device=tokens.device)
+    pad = pad_left(prompt)[:, None]  # (N, 1)
+    mask = (slot[None] <= slot[:, None])[None] & (slot[None, None] >= pad[:, None])  # causal, no padding as key
+    mask |= torch.eye(len(slot), dtype=torch.bool, device=tokens.device)  # padding sees itself: no empty softmax
+    hidden = model(tokens, (slot[None] - pad).clamp(min=0), mask[:, None])
+    return hidden[:, prompt.shape[1] - 1:]
+
+
+@torch.no_grad()
+def ar_decode(model, prompt, max_len, temperature=0.0, generator=None):
+    """Plain autoregressive decoding with a KV cache: one forward a token, the baseline of every speed-up.
+
+    prompt (N, P) left-padded -> tokens (N, max_len), [PAD] after the first [EOS]; log-probabilities (N, max_len) under
+    the tempered distribution (0 after [EOS]); forwards (N,): the one that reads the prompt yields the first token.
+    """
+    N, P = prompt.shape
+    dev = prompt.device
+    cache = KVCache(model, N, P + max_len)
+    pad = pad_left(prompt)[:, None]
+    tokens = prompt.new_zeros(N, max_len)
+    logp = model.embed.weight.new_zeros(N, max_len)
+    slot = torch.arange(P + max_len, device=dev)
+    visible = (slot[None] >= pad)[:, None, None]  # (N, 1, 1, S): keys that are not padding
+    mask = (slot[None, :P] <= slot[:P, None])[None, None] & visible[..., :P]
+    mask |= torch.eye(P, dtype=torch.bool, device=dev)
+    hidden = model(prompt, (slot[None, :P] - pad).clamp(min=0), mask, cache, slice(0, P), P)[:, -1]
+    running = torch.ones(N, dtype=torch.bool, device=dev)
+    for i in range(max_len):
+        token, lp = sample(model.logits(hidden), temperature, generator)
+        tokens[:, i], logp[:, i] = token * running, lp * running
+        running &= token != EOS
+        if i == max_len - 1 or not running.any():
+            break
+        s = P + i
+        hidden = model(token[:, None], slot[s] - pad, visible[..., :s + 1], cache, slice(s, s + 1), s + 1)[:, 0]
+    return tokens, logp, (tokens != PAD).sum(1)
+
+
+def sample(logits, temperature, generator=None):
+    """Greedy (temperature 0) or sampled tokens (...,) from logits (..., V), and their log-probabilities (...,)."""
+    logp = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        return logp.max(-1).indices, logp.max(-1).values
+    token = torch.multinomial(logp.exp().flatten(0, -2), 1, generator=generator).view(logp.shape[:-1])
+    return token, logp.gather(-1, token[..., None])[..., 0]

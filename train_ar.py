@@ -1,0 +1,50 @@
+"""Stage 1, AR: the teacher GR2, a GPT that writes a reasoning trace and then the ranking.
+
+    python train_ar.py --config toy      # about 4 minutes on 2 CPU cores
+    python train_ar.py --config small    # Amazon Beauty, about 25 minutes on 2 CPU cores
+
+Plain next-token cross-entropy on the response, with the few answer tokens weighted above the many trace tokens (GR2,
+arXiv 2602.07774: lambda_answer > lambda_trace). Traces are written by rule from the prompt, answers by the oracle (toy)
+or by a learned scorer that exists only to write training data (Beauty).
+"""
+import torch
+import torch.nn.functional as F
+
+from common import Run, draw_batch, generator, new_model, script, valid_rate
+from data import ANSWER, load_world, tensors
+from model import PAD, ar_decode, causal_hidden
+
+
+def token_weights(response, answer_weight):
+    """Loss weight of every token of responses (N, R): 1 in the trace, answer_weight behind <answer>, 0 for padding."""
+    behind = ((response == ANSWER).cumsum(1) - (response == ANSWER).long()) > 0
+    return torch.where(behind, answer_weight, 1.0) * (response != PAD)
+
+
+def main(cfg):
+    world = load_world(cfg)
+    model = new_model(cfg, world)
+    device = next(model.parameters()).device
+    run = Run(cfg, "ar", model, world)
+    for step in run.steps():
+        gen = generator(cfg, "ar", step, device)
+        prompt, response = tensors(world.train, draw_batch(world.train, cfg.batch_size, gen), device)
+        weight = token_weights(response, cfg.answer_weight)
+
+        # L = sum_i w_i (-log p(y_i | y_<i, prompt)) / sum_i w_i
+        logits = model.logits(causal_hidden(model, prompt, response))  # (N, R, V)
+        nats = F.cross_entropy(logits.transpose(1, 2), response, reduction="none")  # (N, R)
+        loss = (nats * weight).sum() / weight.sum()
+        norm = run.update(loss)
+
+        log = {"loss": loss.item(), "grad_norm": norm}
+        if run.time_to_validate():
+            rows = draw_batch(world.val, min(64, len(world.val)), generator(cfg, "validate", 0, device))
+            prompt, truth = tensors(world.val, rows, device)
+            tokens = ar_decode(model, prompt, world.max_response)[0][:, :truth.shape[1]]
+            log |= {"valid": valid_rate(tokens, world.val, rows), "match": ((tokens == truth) | (truth == PAD)).float().mean().item()}
+        run.log(**log)
+
+
+if __name__ == "__main__":
+    script(main, __doc__)
