@@ -40,6 +40,13 @@ def new_model(cfg, world):
     return GPT(len(world.words), cfg.n_layer, cfg.n_head, cfg.d_model).to(device_of(cfg))
 
 
+def half(cfg, device):
+    """Autocast to bfloat16 for training forwards, where settings and hardware allow. Weights, optimiser, sampling and
+    RL stay in float32. On CPUs with native bfloat16 products a step takes about 0.6 of the time."""
+    native = device.type == "cuda" or (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.bfloat16 and native)
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------------------------------
 
 def save_atomically(path, write):
@@ -181,9 +188,14 @@ class Run:
         save_atomically(self.log_path, lambda path: open(path, "w").writelines(lines))
 
 
-def draw_batch(split, size, gen):
-    """Row numbers (size,) drawn from a split, with replacement."""
-    return torch.randint(len(split), (size,), generator=gen, device=gen.device).cpu().numpy()
+def draw_batch(k, size, gen):
+    """Row numbers (size,), drawn with replacement among rows whose lists are equally long, k (N,) being the lengths.
+
+    Each row is as likely as any other, and a batch needs next to no padding (which saves a fifth of a step on Beauty).
+    """
+    draw = lambda n, size: torch.randint(n, (size,), generator=gen, device=gen.device).cpu().numpy()
+    pool = np.flatnonzero(k == k[draw(len(k), 1)[0]])
+    return pool[draw(len(pool), size)]
 
 
 def valid_rate(tokens, split, rows):

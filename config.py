@@ -32,7 +32,7 @@ class Config:
     n_labels: int = 16           # label tokens; more than K, so that an answer can be out of set
     min_list: int = 6            # shortest training list
     max_list: int = 10           # longest training list
-    vary_lists: float = 0.3      # share of training lists whose length is not K
+    vary_lists: float = 0.2      # share of training lists whose length is not K
     n_train: int = 40000         # training examples (toy: generated; beauty: at most, drawn from all prefixes)
     n_val: int = 500             # validation users (at most)
     n_test: int = 2000           # test users (at most)
@@ -44,9 +44,10 @@ class Config:
     d_model: int = 96
 
     # optimisation, shared by the stages
-    batch_size: int = 64
+    batch_size: int = 32
     weight_decay: float = 0.05
     grad_clip: float = 1.0
+    bfloat16: bool = False       # train AR, CFT and OPD in bfloat16 autocast where the hardware has it, else in float32
     warmup: int = 50             # steps of linear warm-up; then cosine decay to a tenth
     answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
@@ -54,7 +55,7 @@ class Config:
     valid_every: int = 100       # steps between the valid rates shown in the bar
 
     # AR: the teacher
-    ar_steps: int = 1500
+    ar_steps: int = 2000
     ar_lr: float = 2e-3
 
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
@@ -63,7 +64,7 @@ class Config:
     tau: float = 0.9
 
     # CFT: conversion fine-tuning
-    cft_steps: int = 1500
+    cft_steps: int = 3000
     cft_lr: float = 2e-3
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
@@ -103,11 +104,11 @@ PRESETS = {
     "toy": {},
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
-        n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
+        n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, bfloat16=True, warmup=100,
         ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1.5e-3, cft_prompts=16000, opd_steps=100, rl_steps=100),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
-        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, warmup=200,
+        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, bfloat16=True, warmup=200,
         ar_steps=4000, ar_lr=6e-4, cft_steps=4000, cft_lr=4e-4, cft_prompts=60000, opd_steps=400, rl_steps=300,
         rl_prompts=64, eval_batch=1024),
 }

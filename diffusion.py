@@ -136,7 +136,9 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     count = count * w[:, None]
     needed = count > 0
     target = response[:, None].expand_as(needed)[needed]
-    nats = F.cross_entropy(model.logits(hidden[needed]), target, reduction="none")  # (M,)
+    logits = model.logits(hidden[needed])  # (M, V)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    nats = F.cross_entropy(logits, target, reduction="none")  # (M,)
     return (nats * count[needed]).sum() / w.sum()
 
 

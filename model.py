@@ -81,8 +81,9 @@ class GPT(nn.Module):
         self.register_buffer("cos", angles.cos()[:, None], persistent=False)  # (max_positions, 1, hd/2)
         self.register_buffer("sin", angles.sin()[:, None], persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # GPT-2 initialisation: residual outputs shrink with depth
-                nn.init.normal_(p, std=0.02 / (2 * n_layer) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 0.02)
+            if p.dim() == 2:  # 1/sqrt(fan-in); GPT-2's fixed .02 is far too small at this width: attention starts flat
+                shrink = (2 * n_layer) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 / shrink)
 
     def forward(self, tokens, positions, mask, cache=None, slots=None, n_keys=None):
         """tokens, positions (N, T) int; mask bool, True = may attend, broadcastable to (N, H, T, keys).

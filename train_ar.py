@@ -10,7 +10,7 @@ or by a learned scorer that exists only to write training data (Beauty).
 import torch
 import torch.nn.functional as F
 
-from common import Run, draw_batch, generator, new_model, script, valid_rate
+from common import Run, draw_batch, generator, half, new_model, script, valid_rate
 from data import ANSWER, load_world, tensors
 from model import PAD, ar_decode, causal_hidden
 
@@ -28,18 +28,21 @@ def main(cfg):
     run = Run(cfg, "ar", model, world)
     for step in run.steps():
         gen = generator(cfg, "ar", step, device)
-        prompt, response = tensors(world.train, draw_batch(world.train, cfg.batch_size, gen), device)
+        prompt, response = tensors(world.train, draw_batch(world.train.k, cfg.batch_size, gen), device)
         weight = token_weights(response, cfg.answer_weight)
 
         # L = sum_i w_i (-log p(y_i | y_<i, prompt)) / sum_i w_i
-        logits = model.logits(causal_hidden(model, prompt, response))  # (N, R, V)
+        with half(cfg, device):
+            logits = model.logits(causal_hidden(model, prompt, response)).float()  # (N, R, V)
         nats = F.cross_entropy(logits.transpose(1, 2), response, reduction="none")  # (N, R)
         loss = (nats * weight).sum() / weight.sum()
         norm = run.update(loss)
 
-        log = {"loss": loss.item(), "grad_norm": norm}
+        mean_nats = lambda part: (nats * part).sum().item() / part.sum().item()
+        log = {"loss": loss.item(), "trace_nats": mean_nats(weight == 1), "answer_nats": mean_nats(weight > 1),
+               "grad_norm": norm}
         if run.time_to_validate():
-            rows = draw_batch(world.val, min(64, len(world.val)), generator(cfg, "validate", 0, device))
+            rows = range(min(64, len(world.val)))
             prompt, truth = tensors(world.val, rows, device)
             tokens = ar_decode(model, prompt, world.max_response)[0][:, :truth.shape[1]]
             log |= {"valid": valid_rate(tokens, world.val, rows), "match": ((tokens == truth) | (truth == PAD)).float().mean().item()}

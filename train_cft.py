@@ -13,8 +13,8 @@ import os
 import torch
 from tqdm import tqdm
 
-from common import (Run, checkpoint_path, device_of, draw_batch, generator, load_stage, load_tensors, save_atomically,
-                    script, valid_rate)
+from common import (Run, checkpoint_path, device_of, draw_batch, generator, half, load_stage, load_tensors,
+                    save_atomically, script, valid_rate)
 from config import UserError
 from data import load_world, tensors
 from diffusion import block_decode, diffusion_loss
@@ -49,11 +49,13 @@ def teacher_outputs(cfg, world, teacher):
 
 def cft_loss(cfg, world, model, outputs, gen):
     """The loss of one batch drawn from the teacher's outputs; also the anchor of OPD."""
-    rows = draw_batch(outputs, cfg.batch_size, gen)
+    rows = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen)
     prompt, _ = tensors(world.train, rows, gen.device)
     response = outputs[rows].to(gen.device)
-    return diffusion_loss(model, prompt, response, cfg.block_size, cfg.cft_noise, cfg.cft_first_step, gen,
-                          token_weights(response, cfg.answer_weight))
+    response = response[:, :int((response != PAD).sum(1).max())]
+    with half(cfg, gen.device):
+        return diffusion_loss(model, prompt, response, cfg.block_size, cfg.cft_noise, cfg.cft_first_step, gen,
+                              token_weights(response, cfg.answer_weight))
 
 
 def validate(cfg, world, model, n=64):

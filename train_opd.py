@@ -11,7 +11,7 @@ mix as an anchor: without it, distillation has been seen to move the student alo
 import torch
 import torch.nn.functional as F
 
-from common import Run, device_of, draw_batch, generator, load_stage, script
+from common import Run, device_of, draw_batch, generator, half, load_stage, script
 from data import load_world, tensors
 from diffusion import NEVER, block_decode, decode_states, stream_hidden
 from model import EOS, MASK, PAD, causal_hidden
@@ -37,7 +37,7 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
 
 def rollout(cfg, world, student, gen):
     """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded."""
-    prompt, _ = tensors(world.train, draw_batch(world.train, cfg.batch_size, gen), gen.device)
+    prompt, _ = tensors(world.train, draw_batch(world.train.k, cfg.batch_size, gen), gen.device)
     return prompt, block_decode(student, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.opd_tau)
 
 
@@ -57,13 +57,14 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen):
     first = torch.arange(R, device=gen.device) % B == 0
     scored = (decoded.tokens != PAD) & (first | (noised[:, 0] == MASK))
     with torch.no_grad():
-        target = teacher.logits(causal_hidden(teacher, prompt, decoded.tokens)[scored])  # (M, V)
-    return divergence(student.logits(hidden[scored]), target, cfg.opd_divergence, cfg.opd_beta).mean()
+        target = teacher.logits(causal_hidden(teacher, prompt, decoded.tokens)[scored]).float()  # (M, V)
+    return divergence(student.logits(hidden[scored]).float(), target, cfg.opd_divergence, cfg.opd_beta).mean()
 
 
 def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run):
     """One step on opd_weight * D + opd_anchor * CFT loss."""
-    distance = opd_loss(cfg, student, teacher, prompt, decoded, gen)
+    with half(cfg, gen.device):
+        distance = opd_loss(cfg, student, teacher, prompt, decoded, gen)
     loss = cfg.opd_weight * distance
     if cfg.opd_anchor:
         loss = loss + cfg.opd_anchor * cft_loss(cfg, world, student, outputs, gen)

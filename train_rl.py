@@ -55,7 +55,7 @@ def rollout(cfg, world, model, candidates, gen):
 
     Returns prompt (N, P), Decoded, rewards (G, n) and figures for the log; N = G * n, a group's rows are adjacent.
     """
-    rows = candidates[draw_batch(candidates, cfg.rl_prompts, gen)].repeat(cfg.rl_group)
+    rows = candidates[draw_batch(world.train.k[candidates], cfg.rl_prompts, gen)].repeat(cfg.rl_group)
     prompt, _ = tensors(world.train, rows, gen.device)
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, cfg.rl_temperature, gen)
     answers = parse_answers(decoded.tokens.cpu().numpy(), world.train.k[rows], world.train.order.shape[1])

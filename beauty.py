@@ -1,0 +1,335 @@
+"""Amazon Beauty: pre-ranker, evidence, trace writer, and how they become tokens.
+
+Everything is computed from counts of the training part of the sequences (all but a user's last two items). Candidates of
+training examples come from the counts of *other* users (20 folds): counts that know the user would leak the target.
+"""
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import load_tensors, save_atomically
+from config import UserError, folder
+from data import (CANDIDATES, HISTORY, LABEL, LAST, PROFILE, SPECIAL, Split, World, list_lengths, pack,
+                  read_beauty)
+from model import PAD
+
+K, MAXC, HIST = 10, 12, 8       # candidates evaluated, candidates kept for training lists, history items shown
+FOLDS, GROUPS, SEEDS = 20, 5, 3  # user folds of the counts; the writer's groups (unions of folds) and seeds a group
+FIELDS = dict(                  # evidence of a candidate: name -> number of values; each value becomes a token
+    pos=MAXC + 1,               # 1..12, place in the pre-ranked list (its label)
+    pop=8,                      # log2 of its count
+    link=8,                     # score relative to the list's best: 7 = within 2^-1/4, then half an octave a level
+    via=HIST + 1,               # which history item adds most to the score: 1 = the most recent, 0 = none of the 8
+    last=6,                     # strength of its link with the most recent item: 0 = none, then octaves of T
+    links=4,                    # how many of the 8 history items link to it: 0, 1, 2, 3+
+    brand=8,                    # 0 unknown, 1 new; else 1, 2, 3+ history items of it: 2, 4, 6, +1 if the last one is
+    depth=4,                    # levels of its category path shared with the most recent item, 3 = the full path
+    leaf=4)                     # how many of the 8 history items have its full path: 0, 1, 2, 3+
+
+
+# --- Pre-ranker ----------------------------------------------------------------------------------------------------
+
+def link_pairs(parts):
+    """T's terms, one for each ordered pair of items of a user's training part that are <= 100 steps apart.
+    parts: list of item arrays -> i, j, value, user, each (P,)."""
+    n = np.array([len(p) for p in parts])
+    flat, user = np.concatenate(parts), np.repeat(np.arange(len(parts)), n)
+    out = []
+    for gap in range(1, 101):
+        at = np.flatnonzero(user[gap:] == user[:-gap])         # pairs (at, at + gap) within one user
+        i, j, u = flat[at], flat[at + gap], user[at]
+        v = n[u] ** -0.25 * gap ** -0.75
+        out += [(i, j, v, u), (j, i, 0.125 * v, u)]            # "j came before i" is weak evidence for j
+    i, j, v, u = (np.concatenate(c) for c in zip(*out))
+    # Multiples of 2^-16 keep float32 sums exact in any order: taking a fold's users out of T leaves what T
+    # would be had they never been there, true zeros included. A rounding residue would leak the target.
+    return i, j, np.round(v * 65536) / 65536, u
+
+
+def attributes(items):
+    """-> (n_items, 4) ids of brand (0 = unknown), level 1, level 2, full path (equal ids = equal names)."""
+    cols = [[b for b, _ in items], [p[:1] for _, p in items], [p[:2] for _, p in items], [p for _, p in items]]
+    number = [{v: i for i, v in enumerate(sorted(set(c)))} for c in cols]
+    if "" not in number[0]:
+        number[0] = {b: i + 1 for b, i in number[0].items()}
+    return np.stack([[num[v] for v in c] for num, c in zip(number, cols)], 1)
+
+
+def prerank(T, cnt, flat, start, end, attr=None):
+    """Top MAXC next items after flat[start : start + end] for N examples.
+    score(j) = sum_{k=1..50} k^-1.5 (cnt[h_-k] + 10)^-0.3 T[h_-k, j], seen items excluded.
+    T (I, I); cnt (I,); start, end (N,); attr: attributes(), for the hybrid -> items (N, MAXC), scores (N, MAXC)."""
+    cands, scores = [], []
+    spread = (cnt + 10.0) ** -0.3
+    for a in range(0, len(end), 1000):
+        s, n = start[a:a + 1000], end[a:a + 1000]
+        row, offset = np.repeat(np.arange(len(n)), n), np.cumsum(n) - n
+        step = np.arange(n.sum()) - offset[row]                # 0.. within the row
+        h, k = flat[s[row] + step], n[row] - step              # k = 1: the most recent
+        w = np.where(k <= 50, k ** -1.5 * spread[h], 0)
+        bag = lambda table, w: F.embedding_bag(torch.from_numpy(h), table, torch.from_numpy(offset), mode="sum",
+                                               per_sample_weights=torch.from_numpy(w).float())
+        S = bag(T, w)                                          # (n, I) weighted sums of T's rows
+        if attr is not None:                                   # recency-weighted share of equal attributes
+            recency = np.where(k <= 50, 1 / k, 0)
+            recency /= np.bincount(row, recency)[row]
+            for col, gain in ((3, 0.3), (2, 0.3), (0, 1.0)):
+                onehot = F.one_hot(torch.from_numpy(attr[:, col])).float()
+                if col == 0:
+                    onehot[:, 0] = 0                           # unknown brands are not equal
+                S *= 1 + gain * bag(onehot, recency)[:, attr[:, col]]
+        S[row, h] = -1
+        S += torch.from_numpy(cnt * 1e-12).float()             # without any link: by popularity
+        top, idx = (x.numpy() for x in S.topk(4 * MAXC))
+        tie = np.round(np.log2(np.maximum(top, 1e-9)) * 4096)  # scores equal up to rounding are ties ...
+        order = np.lexsort((idx, -cnt[idx], -tie))[:, :MAXC]   # ... broken by popularity, then by permuted id
+        cands.append(np.take_along_axis(idx, order, 1)); scores.append(np.take_along_axis(top, order, 1))
+    return np.concatenate(cands), np.concatenate(scores)
+
+
+# --- Evidence ------------------------------------------------------------------------------------------------------
+
+def gather_history(flat, start, end):
+    """-> (N, HIST) items, most recent first, -1 where the history is shorter."""
+    back = end[:, None] - 1 - np.arange(HIST)
+    return np.where(back >= 0, flat[start[:, None] + np.maximum(back, 0)], -1)
+
+
+def link_evidence(T, cnt, hist, cands, scores):
+    """Evidence that only the counts know. hist (N, 8), cands, scores (N, 12) -> dict of (N, 12) uint8."""
+    octaves = lambda x: np.log2(np.maximum(x, 1e-9))
+    weight = np.arange(1, HIST + 1) ** -1.5 * (cnt[hist] + 10.0) ** -0.3 * (hist >= 0)
+    T8 = T.numpy()[hist[:, :, None], cands[:, None]] * (hist >= 0)[:, :, None]                     # (N, 8, 12)
+    part = T8 * weight[:, :, None]
+    ev = dict(pos=np.broadcast_to(np.arange(1, MAXC + 1), cands.shape),
+              pop=np.log2(cnt[cands] + 1).clip(0, 7),
+              # The list's best is its first: the level does not depend on how long a list is shown.
+              link=np.round(2 * octaves(scores / scores[:, :1]) + 7).clip(0, 7),
+              via=np.where(part.max(1) > 0, part.argmax(1) + 1, 0),
+              last=np.where(T8[:, 0] > 0, np.floor(octaves(T8[:, 0]) + 3).clip(1, 5), 0),
+              links=(T8 > 0).sum(1).clip(0, 3))
+    return {k: v.astype(np.uint8) for k, v in ev.items()}
+
+
+def attribute_evidence(attr, hist, cands):
+    """Evidence that can be read off brands and category paths. -> dict of (N, 12) uint8."""
+    h, c = attr[hist][:, :, None], attr[cands][:, None]                                            # (N, 8|1, 1|12, 4)
+    same = (h == c) & (hist >= 0)[:, :, None, None]                                                # (N, 8, 12, 4)
+    known = c[:, 0, :, 0] > 0
+    n_brand = same[..., 0].sum(1)
+    ev = dict(brand=np.where(known, 1 + 2 * n_brand.clip(0, 3) - (n_brand > 0) * (1 - same[:, 0, :, 0]), 0),
+              depth=same[:, 0, :, 1:].sum(-1),
+              leaf=same[..., 3].sum(1).clip(0, 3))
+    return {k: v.astype(np.uint8) for k, v in ev.items()}
+
+
+@dataclass
+class Lists:
+    """N candidate lists of one split."""
+    user: np.ndarray        # (N,)
+    hist: np.ndarray        # (N, 8) items, most recent first, -1 absent
+    cands: np.ndarray       # (N, 12) items in pre-rank order
+    target: np.ndarray      # (N,) place of the true next item in cands, -1 where it is not among them
+    evidence: dict          # name -> (N, 12) uint8
+    score: np.ndarray = None  # (N, 12) float32, the writer's
+
+    def take(self, rows):
+        return Lists(self.user[rows], self.hist[rows], self.cands[rows], self.target[rows],
+                     {name: v[rows] for name, v in self.evidence.items()}, self.score[rows])
+
+
+def prepare(seqs, items, hybrid=False):
+    """-> train, val, test Lists. train holds every prefix; val and test only users whose target is in the top K."""
+    attr = attributes(items)
+    length = np.array([len(s) for s in seqs])
+    flat, start = np.concatenate(seqs), np.cumsum(length) - length
+    i, j, v, u = link_pairs([s[:-2] for s in seqs])
+    cell, v = torch.from_numpy(i * len(items) + j), torch.from_numpy(v).float()
+    T = torch.zeros(len(items), len(items))
+    T.view(-1).index_add_(0, cell, v)
+    seen = lambda users: np.bincount(np.concatenate([seqs[x][:-2] for x in users]), minlength=len(items))
+    everyone = np.arange(len(seqs))
+    cnt = seen(everyone)
+
+    def lists(cnt, user, end, only_hits):
+        s = start[user]
+        cands, scores = prerank(T, cnt, flat, s, end, attr if hybrid else None)
+        hit = cands == flat[s + end][:, None]
+        keep = hit[:, :K].any(1) if only_hits else np.ones(len(user), bool)
+        user, cands, scores, hit, hist = user[keep], cands[keep], scores[keep], hit[keep], gather_history(flat, s, end)[keep]
+        return Lists(user, hist, cands, np.where(hit.any(1), hit.argmax(1), -1),
+                     {**link_evidence(T, cnt, hist, cands, scores), **attribute_evidence(attr, hist, cands)})
+
+    val, test = lists(cnt, everyone, length - 2, True), lists(cnt, everyone, length - 1, True)
+    parts = []
+    for f in range(FOLDS):                                     # a user is never scored by counts that know him
+        users, gone = everyone[f::FOLDS], torch.from_numpy(u % FOLDS == f)
+        n = length[users] - 3                                  # prefixes of 1 .. n items
+        user = np.repeat(users, n)
+        end = np.arange(len(user)) - np.repeat(np.cumsum(n) - n, n) + 1
+        T.view(-1).index_add_(0, cell[gone], -v[gone])
+        parts.append(lists(cnt - seen(users), user, end, False))
+        T.view(-1).index_add_(0, cell[gone], v[gone])
+    cat = lambda get: np.concatenate([get(p) for p in parts])
+    train = Lists(cat(lambda p: p.user), cat(lambda p: p.hist), cat(lambda p: p.cands), cat(lambda p: p.target),
+                  {name: cat(lambda p: p.evidence[name]) for name in val.evidence})
+    return train, val, test
+
+
+# --- The writer of training data -----------------------------------------------------------------------------------
+# A learned scorer that only writes the rankings of training examples (and is a reference row in the tables); it is
+# never part of serving. It sees what a trace states, so its ranking is a function of the trace. It scores one
+# candidate at a time: any sub-list of any prefix can be ordered by it.
+
+def onehot(evidence, n=MAXC, rows=slice(None)):
+    """-> (N, n, sum of FIELDS) float"""
+    return torch.cat([F.one_hot(torch.from_numpy(evidence[f][rows, :n]).long(), size) for f, size in FIELDS.items()],
+                     -1).float()
+
+
+def fit_writer(train, seed=0, width=64, epochs=10, batch=256, lr=3e-3, decay=0.5, drop=0.2, log=None):
+    """Fits GROUPS * SEEDS pointwise MLPs side by side; member m never learns from users of group m % GROUPS.
+    -> function (N, n, D) one-hot -> (members, N, n) scores"""
+    gen = torch.Generator().manual_seed(seed)
+    rows = np.flatnonzero((train.target >= 0) & (train.target < K))
+    if not len(rows):
+        raise UserError("no training example has its target among the candidates: the data is too small to learn from")
+    batch = min(batch, len(rows))
+    x, y, user = onehot(train.evidence, K, rows), torch.from_numpy(train.target[rows]), train.user[rows]
+    members = torch.arange(GROUPS * SEEDS)
+    weight = torch.from_numpy(np.bincount(user)[user] ** -0.5).float()     # so that long histories do not dominate
+    weight = weight * (torch.from_numpy(user)[None] % GROUPS != members[:, None] % GROUPS)         # (members, N)
+    sizes = [(x.shape[-1], width, 0.3), (width, width // 2, width ** -0.5), (width // 2, 1, (width // 2) ** -0.5)]
+    W = [(std * torch.randn(len(members), i, o, generator=gen)).requires_grad_() for i, o, std in sizes]
+    b = [torch.zeros(len(members), 1, o, requires_grad=True) for _, o, _ in sizes]
+
+    def score(x, keep=None):
+        h = F.gelu(x.flatten(0, 1) @ W[0] + b[0])                          # (members, N * n, width)
+        h = h if keep is None else h * keep / (1 - drop)
+        return (F.gelu(h @ W[1] + b[1]) @ W[2]).view(len(members), *x.shape[:2])
+
+    opt = torch.optim.AdamW(W + b[:2], lr, weight_decay=decay)
+    steps = epochs * (len(x) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, max(steps, 20), pct_start=0.1)  # 20: no phase may be empty
+    for step in range(steps):
+        if step % (len(x) // batch) == 0:
+            order = torch.randperm(len(x), generator=gen)
+            if log: log(step, score)
+        i = order[step % (len(x) // batch) * batch:][:batch]
+        keep = torch.rand(len(members), batch * K, width, generator=gen) > drop
+        loss = F.cross_entropy(score(x[i], keep).flatten(0, 1), y[i].repeat(len(members)), reduction="none")
+        loss = (loss * weight[:, i].flatten()).view(len(members), -1).sum(1) / weight[:, i].sum(1)
+        opt.zero_grad(); loss.sum().backward(); opt.step(); schedule.step()
+    return torch.no_grad()(score)
+
+
+def write_scores(train, *others, **kw):
+    """Fills .score: train's from the members that did not see the user's group, the others' from all members."""
+    score = fit_writer(train, **kw)
+    for lists in (train, *others):
+        group = lists.user % GROUPS
+        lists.score = np.empty(lists.cands.shape, np.float32)
+        for g in range(GROUPS):
+            for rows in np.array_split(np.flatnonzero(group == g), 1 + (group == g).sum() // 4000):
+                s = score(onehot(lists.evidence, MAXC, rows))
+                lists.score[rows] = (s[g::GROUPS] if lists is train else s).mean(0)
+
+
+# --- From lists to tokens --------------------------------------------------------------------------------------------------
+# A candidate takes eight tokens in the prompt and eight in the trace, and they answer to each other one by one:
+#   prompt   L3   brand        level-2 category   full category path   bond   link   via   pop
+#   trace    L3   brand:match  depth              leaf                 bond   link   via   pop
+# Three pieces of evidence must be worked out from the history that the prompt shows, four are copied from the prompt.
+
+CACHE = "1"  # to be raised when the meaning of the cached arrays changes
+LEVELS = {"depth": 4, "leaf": 4, "bond": 24, "link": 8, "via": HIST + 1, "pop": 8}  # bond = 4 last + links
+BRAND_MATCH = ["brand:unknown", "brand:0", "brand:1", "brand:1,last", "brand:2", "brand:2,last", "brand:3+", "brand:3+,last"]
+
+
+def beauty_words(items, n_labels):
+    """Token id -> word: template, labels, evidence values, then every brand and every category path of length >= 2."""
+    evidence = BRAND_MATCH + [f"{name}:{v}" for name, n in LEVELS.items() for v in range(n)]
+    brands = sorted({b for b, _ in items} - {""})
+    paths = sorted({" > ".join(p[:2]) for _, p in items} | {" > ".join(p) for _, p in items})
+    return SPECIAL + [f"L{i + 1}" for i in range(n_labels)] + evidence + ["brand?"] + [f"@{b}" for b in brands] + paths
+
+
+def tokenize(lists, items, words, k, width):
+    """Lists, cut to the lengths k (N,) -> Split with `width` columns a list."""
+    N, K = len(k), width
+    id_of = {w: i for i, w in enumerate(words)}
+    brand = np.array([id_of[f"@{b}"] if b else id_of["brand?"] for b, _ in items] + [PAD], np.int16)  # [-1]: no item
+    level2 = np.array([id_of[" > ".join(p[:2])] for _, p in items] + [PAD], np.int16)
+    path = np.array([id_of[" > ".join(p)] for _, p in items] + [PAD], np.int16)
+    shown = lambda item: np.stack((brand[item], level2[item], path[item]), -1)  # (..., 3)
+    column = lambda token: np.full((N, 1), token, np.int16)
+    listed = (np.arange(K) < k[:, None])[..., None]
+    label = np.broadcast_to(LABEL + np.arange(K), (N, K))
+    evidence = {name: v[:, :K].astype(np.int64) for name, v in lists.evidence.items()}
+    evidence["bond"] = 4 * evidence["last"] + evidence["links"]
+    said = {name: evidence[name] + id_of[f"{name}:0"] for name in LEVELS}
+    copied = [said[name] for name in ("bond", "link", "via", "pop")]
+    candidates = np.where(listed, np.concatenate((label[..., None], shown(lists.cands[:, :K]), np.stack(copied, -1)), -1), PAD)
+    past = shown(lists.hist[:, :0:-1]).reshape(N, -1)  # oldest first; the most recent item has a marker of its own
+    prompt = np.concatenate((column(HISTORY), past, column(LAST), shown(lists.hist[:, 0]), column(CANDIDATES),
+                             candidates.reshape(N, -1)), 1)
+    match = evidence["brand"] + id_of[BRAND_MATCH[0]]
+    stated = np.where(listed, np.stack((label, match, said["depth"], said["leaf"], *copied), -1), PAD)
+    profile = np.stack((column(PROFILE)[:, 0], most_frequent(brand[lists.hist]), most_frequent(level2[lists.hist])), 1)
+    trace = np.concatenate((profile, stated.reshape(N, -1)), 1)
+    score = np.where(listed[..., 0], lists.score[:, :K], -np.inf)
+    order = np.where(listed[..., 0], np.argsort(-score, axis=1, kind="stable"), -1)
+    target = np.where(lists.target < k, lists.target, -1)
+    return Split(pack(prompt, left=True).astype(np.int16), pack(trace, left=False).astype(np.int16),
+                 order.astype(np.int8), target.astype(np.int8), k.astype(np.int8))
+
+
+def most_frequent(tokens):
+    """The most frequent token of each row of (N, H), [PAD] aside; of equals the most recent (the first column)."""
+    times = ((tokens[:, :, None] == tokens[:, None]).sum(2)) * (tokens != PAD)
+    return np.take_along_axis(tokens, times.argmax(1)[:, None], 1)[:, 0]
+
+
+# --- The world --------------------------------------------------------------------------------------------------------------
+
+def beauty_world(cfg):
+    """Amazon Beauty as a World; prepared once (about a minute) and cached in runs/<config>/world.pt."""
+    if cfg.max_list > MAXC or cfg.n_candidates > K:
+        raise UserError(f"on Beauty --max_list can be at most {MAXC} and --n_candidates at most {K}")
+    sequences, items, source, n_skipped = read_beauty(cfg.data_dir)
+    if cfg.fake_users:
+        sequences = sequences[:cfg.fake_users]
+    key = repr([CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.max_list, cfg.vary_lists,
+                cfg.n_train, cfg.n_val, cfg.n_test, hashlib.sha256(repr(items).encode() + b"".join(
+                    s.tobytes() for s in sequences)).hexdigest()])
+    path = folder(cfg, "world.pt")
+    if os.path.exists(path):
+        saved = load_tensors(path)
+        if saved["key"] == key:
+            splits = [Split(*(t.numpy() for t in saved[name])) for name in ("train", "val", "test")]
+            return World(saved["words"], cfg.n_labels, *splits, source, json.loads(saved["notes"]))
+    print("preparing Amazon Beauty: pre-ranker, evidence, trace writer (about a minute, once) ...")
+    train, val, test = prepare(sequences, items, cfg.hybrid)
+    write_scores(train, val, test)
+    words, rng = beauty_words(items, cfg.n_labels), np.random.default_rng(11)
+    # All examples whose target is in the list (the population that is tested), filled up with others: the writer
+    # orders any list.
+    hit = (train.target >= 0) & (train.target < cfg.n_candidates)
+    rows = np.concatenate((rng.permutation(np.flatnonzero(hit)), rng.permutation(np.flatnonzero(~hit))))[:cfg.n_train]
+    rows = rng.permutation(rows)
+    fixed = lambda lists, n: (np.arange(min(n, len(lists.user))), np.full(min(n, len(lists.user)), cfg.n_candidates))
+    notes = {"users": len(sequences), "skipped_users": n_skipped, "items": len(items), "train_examples": len(train.user),
+             "train_hits": int(hit.sum()), "val_hits": len(val.user), "test_hits": len(test.user)}
+    splits = {}
+    for name, lists, (rows, k) in (("train", train, (rows, list_lengths(len(rows), cfg, rng))),
+                                   ("val", val, fixed(val, cfg.n_val)), ("test", test, fixed(test, cfg.n_test))):
+        splits[name] = tokenize(lists.take(rows), items, words, k, cfg.max_list)
+    world = World(words, cfg.n_labels, *splits.values(), source, notes)
+    saved = {n: [torch.from_numpy(getattr(s, f)) for f in s.__dataclass_fields__] for n, s in splits.items()}
+    save_atomically(path, lambda p: torch.save(saved | {"key": key, "words": words, "notes": json.dumps(notes)}, p))
+    return world

@@ -1,0 +1,26 @@
+"""Synthetic files in the layout of Amazon Beauty, for tests and CI: `python tests/make_beauty.py FOLDER`."""
+import os
+import sys
+
+import numpy as np
+
+
+def make_beauty(folder, n_users=400, n_items=200, n_groups=10):
+    """Users stay mostly within a group of items that share a category and a few brands, so that counts predict."""
+    rng = np.random.default_rng(0)
+    os.makedirs(folder, exist_ok=True)
+    group = rng.integers(n_groups, size=n_items)
+    with open(os.path.join(folder, "items.tsv"), "w") as f:
+        f.write("item_id\tasin\tbrand\tcategories\n")
+        for i in range(n_items):
+            brand = ["", f"Brand {group[i]}", f"Brand {rng.integers(n_groups)}"][rng.integers(3)]
+            f.write(f"{i + 1}\tA{i:05d}\t{brand}\tTop {group[i] % 3} > Mid {group[i]} > Leaf {group[i]}.{i % 2}\n")
+    with open(os.path.join(folder, "sequences.txt"), "w") as f:
+        for u in range(n_users):
+            mine = np.flatnonzero(group == rng.integers(n_groups))
+            items = np.where(rng.random(8) < 0.8, rng.choice(mine, 8), rng.integers(n_items, size=8)) + 1
+            f.write(f"{u + 1} " + " ".join(map(str, dict.fromkeys(items.tolist()))) + "\n")
+
+
+if __name__ == "__main__":
+    make_beauty(sys.argv[1])

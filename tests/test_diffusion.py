@@ -1,0 +1,451 @@
+"""Invariants of model.py and diffusion.py. Where two computations must agree they run in float64."""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import VOCAB, close, left_padded, tiny_gpt, words
+from diffusion import (NEVER, block_decode, choose, decode_states, diffusion_loss, draw_noise, fill_last_block,
+                       replay_logp, stream_hidden, stream_mask)
+from model import EOS, MASK, PAD, ar_decode, causal_hidden
+
+LENGTHS = [4, 1, 6, 3, 5, 2]  # of the prompts: shorter and longer than a block
+RULES = [("threshold", 0.3), ("threshold", 0.6), ("threshold", 0.9), ("threshold", 1.5),
+         ("factor", 0.5), ("factor", 1.2), ("factor", 3.0)]
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def plain_hidden(model, prompt, response, B):
+    """One unpadded row through [prompt; response] under a block-causal mask written as loops: (R, d), entry i predicts
+    response token i."""
+    blk = list(range(-len(prompt), 0)) + [r // B for r in range(len(response))]
+    mask = torch.tensor([[blk[q] >= blk[k] for k in range(len(blk))] for q in range(len(blk))])
+    hidden = model(torch.cat((prompt, response))[None], torch.arange(len(blk))[None], mask[None, None])[0]
+    return hidden[len(prompt) - 1:-1]
+
+
+def block_hidden(model, prompt, clean, state, B, b):
+    """Plain hidden states that predict block b, its own slots showing `state`: [prompt; clean blocks before b; state]."""
+    return plain_hidden(model, prompt, torch.cat((clean[:b * B], state)), B)[b * B:]
+
+
+# --- The mask and the two-stream forward -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("P, R, B, S", [(3, 6, 2, 1), (1, 4, 1, 2), (2, 6, 3, 0), (4, 8, 4, 2), (2, 5, 2, 2)])
+def test_stream_mask_equals_the_loops_of_its_definition(P, R, B, S):
+    where = [(0, i - P) for i in range(P)] + [(s, r // B) for s in range(S + 1) for r in range(R)]  # (stream, block)
+    mask = stream_mask(P, R, B, S)
+    assert mask.shape == (len(where), len(where))
+    for (q, (sq, bq)), (k, (sk, bk)) in itertools.product(enumerate(where), enumerate(where)):
+        sees = (sq == sk and bq == bk) or (sq > 0 and sk == 0 and bq > bk) or (sq == 0 and sk == 0 and bq >= bk)
+        assert mask[q, k] == sees, (q, k)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 4])
+def test_clean_noised_stream_is_the_plain_block_causal_model(B):
+    model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 12, seed=1)
+    hidden = stream_hidden(model, prompt, response, response[:, None], B)
+    for n, length in enumerate(LENGTHS):
+        close(hidden[n, 0], plain_hidden(model, prompt[n, -length:], response[n], B))
+
+
+@pytest.mark.parametrize("B, S", [(1, 1), (2, 2), (3, 1), (4, 3)])
+def test_every_state_is_seen_as_if_it_stood_alone_behind_clean_blocks(B, S):
+    model, prompt, clean = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 12, seed=1)
+    noised = torch.where(torch.rand(len(LENGTHS), S, 12, generator=gen()) < 0.5, MASK, clean[:, None])
+    hidden = stream_hidden(model, prompt, clean, noised, B)
+    for n, s, b in itertools.product(range(len(LENGTHS)), range(S), range(12 // B)):
+        alone = block_hidden(model, prompt[n, -LENGTHS[n]:], clean[n], noised[n, s, b * B:(b + 1) * B], B, b)
+        close(hidden[n, s, b * B:(b + 1) * B], alone)
+
+
+@pytest.mark.parametrize("B", [2, 3, 4])
+def test_later_blocks_never_change_earlier_logits_and_noise_never_reaches_the_clean_stream(B):
+    model, prompt, clean = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 12, seed=1)
+    noised = torch.full((len(LENGTHS), 2, 12), MASK)
+    before = stream_hidden(model, prompt, clean, noised, B)
+    cut = 12 // B // 2 * B  # everything from here on is changed
+    clean2, noised2 = clean.clone(), noised.clone()
+    clean2[:, cut:], noised2[:, 0, cut:] = words(len(LENGTHS), 12 - cut, seed=2), words(len(LENGTHS), 12 - cut, seed=3)
+    after = stream_hidden(model, prompt, clean2, noised2, B)
+    close(after[:, :, :cut + 1], before[:, :, :cut + 1])  # the first token of the next block included
+    assert not torch.allclose(after[:, 0, cut + 1], before[:, 0, cut + 1])
+    assert not torch.allclose(after[:, 1, cut + B:], before[:, 1, cut + B:])  # clean blocks do reach later ones
+    only_noise = stream_hidden(model, prompt, clean, noised2, B)
+    close(only_noise[:, 1], before[:, 1])             # streams do not see each other
+    close(only_noise[:, :, ::B], before[:, :, ::B])   # first tokens come from the clean stream
+
+
+def test_left_padding_changes_nothing():
+    model, response = tiny_gpt(), words(1, 6, seed=1)
+    prompt = words(1, 4)
+    padded = F.pad(prompt, (3, 0), value=PAD)
+    noised = torch.full((1, 1, 6), MASK)
+    close(stream_hidden(model, padded, response, noised, 3), stream_hidden(model, prompt, response, noised, 3))
+    close(causal_hidden(model, padded, response), causal_hidden(model, prompt, response))
+    for a, b in zip(ar_decode(model, padded, 8), ar_decode(model, prompt, 8)):
+        close(a, b)
+
+
+def test_padding_and_mask_are_never_predicted():
+    assert (tiny_gpt().logits(torch.randn(50, 16, dtype=torch.float64)).softmax(-1)[:, [PAD, MASK]] == 0).all()
+
+
+# --- The AR decoder -----------------------------------------------------------------------------------------------------
+
+def test_ar_decode_repeats_the_argmax_of_an_uncached_forward():
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    tokens, logp, forwards = ar_decode(model, prompt, 10)
+    ends = []
+    for n, length in enumerate(LENGTHS):
+        row, lp = prompt[n:n + 1, -length:], []
+        while len(lp) < 10 and row[0, -1] != EOS:
+            logits = model.logits(causal_hidden(model, row, row[:, :1])[:, 0])  # any one token: only its place counts
+            best = F.log_softmax(logits, -1).max(-1)
+            row, lp = torch.cat((row, best.indices[None]), 1), lp + [best.values]
+        ends.append(len(lp))
+        assert tokens[n].tolist() == row[0, length:].tolist() + [PAD] * (10 - len(lp))
+        close(logp[n], F.pad(torch.cat(lp), (0, 10 - len(lp))))
+    assert forwards.tolist() == ends and len(set(ends)) > 2  # the test has rows of several lengths
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_ar_log_probabilities_are_those_of_the_tempered_model(temperature):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    tokens, logp, _ = ar_decode(model, prompt, 10, temperature, gen())
+    logits = model.logits(causal_hidden(model, prompt, tokens)) / (temperature or 1.0)
+    exact = F.log_softmax(logits, -1).gather(-1, tokens[..., None])[..., 0]
+    close(logp, torch.where(tokens == PAD, 0.0, exact))
+
+
+# --- The sampler --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule, tau, confidence, open_, chosen", [
+    ("threshold", 0.5, [.6, .5, .9, .51], [1, 1, 1, 1], [1, 0, 1, 1]),  # above tau, not at it
+    ("threshold", 0.5, [.6, .9, .4, .51], [0, 0, 1, 1], [0, 0, 0, 1]),
+    ("threshold", 1.5, [.6, .9, .4, .51], [1, 1, 1, 1], [0, 1, 0, 0]),  # at least the best ...
+    ("threshold", 1.5, [.6, .9, .4, .51], [1, 0, 1, 1], [1, 0, 0, 0]),  # ... of the open ones
+    ("threshold", 0.1, [.6, .9, .4, .51], [0, 0, 0, 0], [0, 0, 0, 0]),
+    ("factor", 1.0, [.8, .9, .7, .95], [1, 1, 1, 1], [1, 1, 0, 1]),     # 2 x .05, 3 x .1, 4 x .2 = .8 < 1; 5 x .3 is not
+    ("factor", 1.0, [.8, .9, .7, .95], [1, 0, 1, 1], [1, 0, 0, 1]),     # 2 x .05, 3 x .2; 4 x .3 = 1.2
+    ("factor", 1.3, [.8, .9, .7, .95], [1, 0, 1, 1], [1, 0, 1, 1]),
+    ("factor", 0.05, [.8, .9, .7, .95], [1, 1, 1, 1], [0, 0, 0, 1]),
+    ("factor", 9.0, [.8, .9, .7, .95], [1, 0, 1, 0], [1, 0, 1, 0])])
+def test_choose_by_hand(rule, tau, confidence, open_, chosen):
+    confidence, open_ = torch.tensor([confidence]), torch.tensor([open_]).bool()
+    none = torch.zeros_like(open_)
+    assert choose(confidence, open_, none, rule, tau).int().tolist() == [chosen]
+    closed_high = torch.where(open_, confidence, 0.999)  # what closed slots show must not matter
+    assert choose(closed_high, open_, none, rule, tau).int().tolist() == [chosen]
+    flip = choose(confidence.flip(1), open_.flip(1), none, rule, tau).flip(1)
+    pair = lambda x: torch.cat((x.flip(1), x))
+    both = choose(pair(confidence), pair(open_), pair(none), rule, tau)
+    assert flip.int().tolist() == [chosen] and both.int().tolist() == [chosen[::-1], chosen]
+
+
+@pytest.mark.parametrize("rule", ["threshold", "factor"])
+def test_a_forced_slot_is_committed_and_stands_for_the_best(rule):
+    confidence, open_ = torch.tensor([[.1, .6, .5]]), torch.ones(1, 3, dtype=torch.bool)
+    forced = torch.tensor([[True, False, False]])
+    assert choose(confidence, open_, forced, rule, 0.01 if rule == "factor" else 0.9).tolist() == [[True, False, False]]
+    assert choose(confidence, open_, forced, rule, 0.9 if rule == "factor" else 0.55).tolist() == [[True, True, False]]
+
+
+def reference_decode(model, prompt, max_len, B, rule, tau):
+    """One unpadded row, no cache: every step is a training forward, and the commit rules are written out."""
+    R = -(-max_len // B) * B
+    filled, steps, logps, forwards = [MASK] * R, [NEVER] * R, [0.0] * R, 0
+    for b in range(R // B):
+        clean = torch.tensor([filled[:b * B] + [MASK] * (R - b * B)])
+        for step in itertools.count():
+            hidden = stream_hidden(model, prompt[None], clean, torch.tensor([[filled]]), B)[0, 0, b * B:(b + 1) * B]
+            forwards += 1
+            best = F.log_softmax(model.logits(hidden), -1).max(-1)
+            conf = best.values.exp().tolist()
+            block = filled[b * B:(b + 1) * B]
+            end = block.index(EOS) if EOS in block else B
+            ranked = sorted((j for j in range(end) if block[j] == MASK), key=lambda j: -conf[j])
+            if rule == "threshold":
+                chosen = {j for j in ranked if conf[j] > tau}
+            else:
+                chosen = set()
+                for n in range(1, len(ranked) + 1):
+                    if (n + 1) * (1 - conf[ranked[n - 1]]) < tau:
+                        chosen = set(ranked[:n])
+            chosen |= {0} if step == 0 else {ranked[0]}
+            for j in chosen:
+                filled[b * B + j], steps[b * B + j] = best.indices[j].item(), step
+                logps[b * B + j] = best.values[j].item()
+            block = filled[b * B:(b + 1) * B]
+            end = block.index(EOS) if EOS in block else B
+            if MASK not in block[:end]:
+                break
+        if EOS in block:
+            break
+    end = filled.index(EOS) + 1 if EOS in filled else R
+    return filled[:end] + [PAD] * (R - end), filled, steps, logps[:end] + [0.0] * (R - end), forwards
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 4])
+@pytest.mark.parametrize("rule, tau", RULES)
+def test_cached_batched_fused_sampler_equals_the_uncached_reference(B, rule, tau):
+    for seed in (0, 3):
+        model, prompt = tiny_gpt(seed), left_padded(LENGTHS, seed)
+        decoded = block_decode(model, prompt, 11, B, rule, tau)  # 11: not whole blocks
+        for n, length in enumerate(LENGTHS):
+            tokens, filled, steps, logps, forwards = reference_decode(model, prompt[n, -length:], 11, B, rule, tau)
+            assert decoded.tokens[n].tolist() == tokens
+            assert decoded.filled[n].tolist() == filled
+            assert decoded.commit_step[n].tolist() == steps
+            close(decoded.logp[n], torch.tensor(logps, dtype=torch.float64))
+            assert decoded.forwards[n] == forwards
+
+
+def same_decode(a, b, forwards=True):
+    for name in ("tokens", "filled", "commit_step") + ("forwards",) * forwards:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    close(a.logp, b.logp)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_fusing_saves_one_forward_a_block_and_nothing_else(B, temperature):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    fused, unfused = (block_decode(model, prompt, 12, B, "threshold", 0.6, temperature, gen(), fuse)
+                      for fuse in (True, False))
+    same_decode(fused, unfused, forwards=False)
+    blocks = (fused.filled.view(len(LENGTHS), -1, B) != MASK).any(-1).sum(1)
+    assert torch.equal(unfused.forwards, fused.forwards + blocks)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 4])
+@pytest.mark.parametrize("rule, tau", [("threshold", 0.6), ("factor", 1.2)])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_rows_decode_in_a_batch_as_alone(B, rule, tau, fuse):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    together = block_decode(model, prompt, 12, B, rule, tau, fuse=fuse)
+    assert len(set(together.forwards.tolist())) > 2  # rows leave the batch at different times
+    for n, length in enumerate(LENGTHS):
+        alone = block_decode(model, prompt[n:n + 1, -length:], 12, B, rule, tau, fuse=fuse)
+        same_decode(together.take(slice(n, n + 1)), alone)
+
+
+@pytest.mark.parametrize("rule, tau", [("threshold", 0.3), ("threshold", 1.5), ("factor", 1.2)])
+def test_block_size_one_is_autoregressive_decoding(rule, tau):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    decoded = block_decode(model, prompt, 12, 1, rule, tau)
+    tokens, logp, forwards = ar_decode(model, prompt, 12)
+    assert torch.equal(decoded.tokens, tokens) and torch.equal(decoded.forwards, forwards)
+    close(decoded.logp, logp)
+
+
+@pytest.mark.parametrize("B", [2, 3, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_committed_or_counted_behind_a_committed_eos(B, temperature):
+    never, early, later = 0, 0, 0  # so that the test cannot pass for want of cases
+    for seed in (0, 3, 4, 5):
+        decoded = block_decode(tiny_gpt(seed), left_padded(LENGTHS, seed), 12, B, "threshold", 0.6, temperature, gen(seed))
+        for n in range(len(LENGTHS)):
+            row = decoded.take(n)
+            tokens, filled, steps, logp = row.tokens, row.filled, row.commit_step, row.logp
+            for e in (filled == EOS).nonzero()[:, 0].tolist():
+                end = (e // B + 1) * B
+                inside, behind = steps[e + 1:end], steps[end:]
+                assert ((inside <= steps[e]) | (inside == NEVER)).all() and (behind == NEVER).all()
+                never, early = never + (inside == NEVER).sum(), early + (inside <= steps[e]).sum()
+                later += len(behind)
+            end = filled.tolist().index(EOS) + 1 if EOS in filled else 12
+            assert torch.equal(tokens[:end], filled[:end]) and (tokens[end:] == PAD).all() and (logp[end:] == 0).all()
+            assert (steps[:end] != NEVER).all() and (tokens[:end] > MASK).all() and (logp[:end] < 0).all()
+            assert torch.equal(filled == MASK, steps == NEVER)
+            per_block = torch.where(steps == NEVER, -1, steps).view(-1, B).amax(1) + 1
+            assert row.forwards == per_block.sum() and (steps.view(-1, B)[per_block > 0, 0] == 0).all()
+    assert never and early and later
+
+
+def test_constraint_reaches_the_right_rows_and_slots_when_rows_have_left():
+    lengths = torch.tensor([3, 9, 1, 6, 7, 5])  # of the responses that the constraint dictates, [EOS] included
+    word = lambda n, i: torch.where(i == lengths[n] - 1, EOS, 3 + (2 * n + i) % (VOCAB - 3))
+
+    def constrain(logits, response, slots, rows):
+        want = word(rows[:, None], slots)
+        written = word(rows[:, None], torch.arange(response.shape[1]))
+        before = torch.arange(response.shape[1]) < lengths[rows][:, None]
+        assert ((response == MASK) | (response == written) | ~before).all()
+        return torch.full_like(logits, -1e4).scatter(-1, want[..., None], 0.0)
+
+    decoded = block_decode(tiny_gpt(), left_padded(LENGTHS), 12, 4, constrain=constrain)
+    n, i = torch.arange(6)[:, None], torch.arange(12)[None]
+    assert torch.equal(decoded.tokens, torch.where(i < lengths[:, None], word(n, i), PAD))
+
+
+@pytest.mark.parametrize("B, temperature", [(1, 1.0), (2, 1.0), (2, 0.7)])
+def test_samples_are_as_frequent_as_their_log_probabilities_say(B, temperature):
+    model, n = tiny_gpt(), 4000
+    decoded = block_decode(model, words(1, 3).expand(n, 3), 2, B, "threshold", 0.5, temperature, gen())
+    outcomes, row, count = decoded.tokens.unique(dim=0, return_inverse=True, return_counts=True)
+    p = torch.zeros(len(outcomes), dtype=torch.float64).scatter(0, row, decoded.logp.sum(1).exp())
+    assert len(outcomes) > 5 and 0.95 < p.sum() < 1 + 1e-9
+    assert ((count / n - p).abs() < 4.5 * (p * (1 - p) / n).sqrt() + 1 / n).all()
+
+
+# --- Replay -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("B", [1, 2, 3, 4])
+@pytest.mark.parametrize("rule, tau, temperature", [("threshold", 0.6, 0.0), ("threshold", 0.4, 1.0),
+                                                    ("threshold", 1.5, 0.7), ("factor", 1.2, 1.0)])
+def test_replayed_log_probabilities_are_the_recorded_ones(B, rule, tau, temperature):
+    for seed in (0, 3):
+        model, prompt = tiny_gpt(seed), left_padded(LENGTHS, seed)
+        decoded = block_decode(model, prompt, 12, B, rule, tau, temperature, gen(seed))
+        assert len(set((decoded.tokens != PAD).sum(1).tolist())) > 1
+        for max_streams in (1, 2, 4):
+            logp = replay_logp(model, prompt, decoded, B, temperature, max_streams)
+            close(logp, decoded.logp)
+        assert logp.requires_grad
+        rows = torch.tensor([4, 1])
+        close(replay_logp(model, prompt[rows], decoded.take(rows), B, temperature), decoded.logp[rows])
+
+
+def test_decode_states_show_what_was_committed_before():
+    class D:
+        filled, commit_step = torch.tensor([[5, 6, 7, EOS, 8, MASK]]), torch.tensor([[0, 2, 0, 1, 0, NEVER]])
+    assert decode_states(D, torch.arange(4)).tolist() == [[[1, 1, 1, 1, 1, 1], [5, 1, 7, 1, 8, 1],
+                                                           [5, 1, 7, EOS, 8, 1], [5, 6, 7, EOS, 8, 1]]]
+    own = torch.tensor([[[1, 1, 1, 1, 0, 0]]])  # a step of its own for each slot
+    assert decode_states(D, own).tolist() == [[[5, 1, 7, 1, 1, 1]]]
+
+
+# --- Noise and loss -----------------------------------------------------------------------------------------------------
+
+def test_fill_last_block_by_hand():
+    response = torch.tensor([[5, 6, 7, EOS, PAD], [5, EOS, PAD, PAD, PAD], [5, 6, 7, 8, EOS]])
+    for B, filled, real in [
+            (1, [[5, 6, 7, EOS, 0], [5, EOS, 0, 0, 0], [5, 6, 7, 8, EOS]], [4, 2, 5]),
+            (2, [[5, 6, 7, EOS, 0, 0], [5, EOS, 0, 0, 0, 0], [5, 6, 7, 8, EOS, EOS]], [4, 2, 6]),
+            (3, [[5, 6, 7, EOS, EOS, EOS], [5, EOS, EOS, 0, 0, 0], [5, 6, 7, 8, EOS, EOS]], [6, 3, 6]),
+            (4, [[5, 6, 7, EOS, 0, 0, 0, 0], [5, EOS, EOS, EOS, 0, 0, 0, 0], [5, 6, 7, 8, EOS, EOS, EOS, EOS]], [4, 4, 8])]:
+        a, b = fill_last_block(response, B)
+        assert a.tolist() == filled
+        assert b.int().tolist() == [[1] * n + [0] * (len(filled[0]) - n) for n in real]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "clipped"])
+@pytest.mark.parametrize("B", [2, 4])
+def test_one_t_a_block_one_in_every_stratum_and_masks_as_frequent_as_t(kind, B):
+    masks, weights = draw_noise((500, 4 * B), B, kind, 0.0, gen())
+    assert masks.shape == weights.shape == (500, 1, 4 * B)
+    masks, t = masks.view(2000, B), 1 / weights.reshape(2000, B).double()
+    assert (t == t[:, :1]).all() and not masks[:, 0].any()
+    low, high = {"uniform": (0, 1), "clipped": (0.3, 0.8)}[kind]
+    place = ((t[:, 0] - low) / (high - low)).sort().values * 2000
+    assert (place - torch.arange(2000) > -0.01).all() and (place - torch.arange(2000) < 1.01).all()
+    off = masks[:, 1:].double() - t[:, 1:]  # mean 0 at every t
+    for part in (off[t[:, 0] < 0.5], off[t[:, 0] > 0.5]):
+        assert part.mean().abs() < 4 * 0.5 / part.numel() ** 0.5
+    neighbours = t[:, 0].view(500, 4)[:, :2]
+    assert torch.corrcoef(neighbours.T)[0, 1].abs() < 0.2  # strata are dealt out at random, not in rows
+
+
+@pytest.mark.parametrize("first_step", [0.0, 0.4, 1.0])
+def test_complementary_streams_mask_every_token_once_and_first_steps_leave_the_second_clean(first_step):
+    B = 4
+    masks, weights = draw_noise((200, 3 * B), B, "complementary", first_step, gen())
+    assert (weights == 1).all() and weights.shape == masks.shape == (200, 2, 3 * B)
+    a, b = (masks[:, s].reshape(-1, B) for s in (0, 1))
+    assert (a[:, 1:] ^ b[:, 1:]).all() and not b[:, 0].any()
+    first = a[:, 0]
+    assert a[first].all() and not b[first].any()
+    assert abs(first.float().mean() - first_step) < 0.1
+    assert first_step == 1 or 0.4 < a[~first, 1:].float().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", ["uniform", "clipped"])
+def test_first_step_blocks_are_all_masked_with_weight_one(kind):
+    masks, weights = draw_noise((200, 12), 4, kind, 0.5, gen())
+    masks, weights = masks.view(-1, 4), weights.reshape(-1, 4)
+    first = masks[:, 0]
+    assert 0.4 < first.float().mean() < 0.6 and masks[first].all() and (weights[first] == 1).all()
+    assert (weights[~first] > 1).all()
+
+
+def subset_weight(kind, m, n):
+    """E over t of (probability that exactly these m of n slots are masked) x (weight of their losses)."""
+    if kind == "uniform":        # integral over (0, 1] of t^m (1-t)^(n-m) / t = Beta(m, n-m+1)
+        return math.factorial(m - 1) * math.factorial(n - m) / math.factorial(n)
+    if kind == "complementary":  # these m, or exactly the others, so that the second stream masks these; Beta(m+1, n-m+1)
+        return 2 * math.factorial(m) * math.factorial(n - m) / math.factorial(n + 1)
+    ts = [0.3 + 0.5 * (i + 0.5) / 1000 for i in range(1000)]
+    return sum(t ** (m - 1) * (1 - t) ** (n - m) for t in ts) / 1000
+
+
+def enumerated_loss(model, prompt, response, weight, B, kind, first_step):
+    """Expected weighted nats of one unpadded row of whole blocks, over all states of every block."""
+    total = 0.0
+    for b in range(len(response) // B):
+        block, w = response[b * B:(b + 1) * B], weight[b * B:(b + 1) * B]
+
+        def nats(masked):
+            state = torch.tensor([MASK if j in masked else block[j].item() for j in range(B)])
+            hidden = block_hidden(model, prompt, response, state, B, b)
+            return w * F.cross_entropy(model.logits(hidden), block, reduction="none")
+
+        total += nats(range(B))[0] + first_step * nats(range(B))[1:].sum()
+        for m in range(1, B):
+            for masked in itertools.combinations(range(1, B), m):
+                total += (1 - first_step) * subset_weight(kind, m, B - 1) * nats(masked)[list(masked)].sum()
+    return total
+
+
+@pytest.mark.parametrize("B, kind, first_step, weighted", [
+    (3, "uniform", 0.0, False), (4, "uniform", 0.0, True), (3, "uniform", 0.4, True),
+    (4, "clipped", 0.0, False), (3, "complementary", 0.0, True), (4, "complementary", 0.4, False)])
+@torch.no_grad()
+def test_monte_carlo_mean_of_the_loss_is_the_enumerated_bound(B, kind, first_step, weighted):
+    model, prompt, filled = tiny_gpt(), left_padded([2, 4]), words(2, 2 * B, seed=1)
+    if weighted:  # rows of two blocks and one
+        filled[1, B:], response = PAD, filled
+        weight = torch.rand(2, 2 * B, generator=gen()) + 0.5
+    else:         # last blocks that must be filled
+        filled[0, -2:], filled[1, 1:] = EOS, EOS
+        response, weight = filled[:, :-1].clone(), torch.ones(2, 2 * B)
+        response[1, 2:] = PAD
+    exact = (enumerated_loss(model, prompt[0, 2:], filled[0], weight[0], B, kind, first_step) +
+             enumerated_loss(model, prompt[1], filled[1, :B], weight[1], B, kind, first_step))
+    exact /= weight[0].sum() + weight[1, :B].sum()
+    many = lambda x: x.repeat(150, 1)
+    draws = torch.stack([diffusion_loss(model, many(prompt), many(response), B, kind, first_step, gen(seed),
+                                        many(weight) if weighted else None) for seed in range(30)])
+    error = draws.std() / 30 ** 0.5
+    assert error < 0.02 * exact
+    assert (draws.mean() - exact).abs() < 4 * error
+
+
+@torch.no_grad()
+def test_the_loss_is_divided_by_the_number_of_tokens_and_not_by_the_weights_drawn():
+    model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 9, seed=1)
+    model.embed.weight.zero_()  # every token costs log(V - 2)
+    masks, weights = draw_noise((len(LENGTHS), 9), 3, "uniform", 0.3, gen(1))
+    count = torch.where(torch.arange(9) % 3 == 0, 1.0, masks * weights).sum()
+    loss = diffusion_loss(model, prompt, response, 3, "uniform", 0.3, gen(1))
+    close(loss, math.log(VOCAB - 2) * count.double() / response.numel(), atol=1e-5)
+    assert (count / response.numel() - 1).abs() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["uniform", "clipped", "complementary"])
+@pytest.mark.parametrize("first_step", [0.0, 0.5])
+def test_at_block_size_one_the_loss_is_the_autoregressive_one(kind, first_step):
+    model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 7, seed=1)
+    response[0, 3:], response[3, 1:] = PAD, PAD
+    weight = torch.rand(response.shape, generator=gen()) + 0.5
+    logits = model.logits(causal_hidden(model, prompt, response))
+    nats = F.cross_entropy(logits.transpose(1, 2), response, reduction="none")
+    for w in (None, weight):
+        counted = (torch.ones_like(weight) if w is None else w) * (response != PAD)
+        loss = diffusion_loss(model, prompt, response, 1, kind, first_step, gen(), w)
+        close(loss, (nats * counted).sum() / counted.sum(), atol=1e-6)

@@ -1,0 +1,130 @@
+"""The scripts as a user runs them: bad input, interruption, and the whole recipe in miniature."""
+import json
+import os
+
+import pytest
+import torch
+
+import common
+import evaluate
+import train_ar
+import train_cft
+import train_opd
+import train_rl
+from make_beauty import make_beauty
+
+TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --eval_batch 8 "
+        "--ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 --rl_prompts 2 --rl_group 3 --save_every 2 --valid_every 3 "
+        "--threads 1 --eval_taus 0.5,1.0 --eval_curve_users 8 --eval_speed_seconds 0.01").split()
+STAGES = {"ar": train_ar, "cft": train_cft, "opd": train_opd, "rl": train_rl}
+
+
+def run(module, monkeypatch, run_dir, *options):
+    monkeypatch.setattr("sys.argv", [module.__file__, *TINY, "--run_dir", str(run_dir), *options])
+    common.script(module.main, module.__doc__)
+
+
+def refused(module, monkeypatch, capsys, run_dir, *options):
+    """Run a script that must refuse: one line on stderr, exit code 2. Returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(module, monkeypatch, run_dir, *options)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+def checkpoint(run_dir, stage, config="toy"):
+    return os.path.join(run_dir, config, "seed0", stage, "checkpoint.pt")
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--config", "toyy"], "unknown config 'toyy'"),
+    (["--cft_step", "3"], "did you mean --cft_steps"),
+    (["cft_steps", "3"], "unknown option cft_steps"),
+    (["--cft_steps"], "--cft_steps needs a value"),
+    (["--cft_steps", "many"], "--cft_steps must be of type int"),
+    (["--rl_conditional", "maybe"], "--rl_conditional must be true or false"),
+    (["--block_size", "0"], "--block_size must be at least 1"),
+    (["--block_size", "-3"], "--block_size must be at least 1"),
+    (["--commit", "all"], "--commit must be one of threshold, factor"),
+    (["--d_model", "18", "--n_head", "4"], "--d_model must be a multiple"),
+    (["--max_list", "4"], "list lengths must satisfy"),
+    (["--world", "beauty", "--data_dir", "nowhere"], "there is no folder nowhere"),
+])
+def test_bad_settings_are_refused_in_one_sentence(options, expected, monkeypatch, capsys, tmp_path):
+    assert expected in refused(train_ar, monkeypatch, capsys, tmp_path, *options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage, before", [("cft", "ar"), ("opd", "ar"), ("rl", "opd")])
+def test_a_stage_without_its_predecessor_names_the_command(stage, before, monkeypatch, capsys, tmp_path):
+    assert f"python train_{before}.py --config toy" in refused(STAGES[stage], monkeypatch, capsys, tmp_path)
+    assert "train_ar.py" in refused(evaluate, monkeypatch, capsys, tmp_path)
+
+
+def test_foreign_and_truncated_checkpoints_are_refused_and_kept(monkeypatch, capsys, tmp_path):
+    run(train_ar, monkeypatch, tmp_path)
+    path = checkpoint(tmp_path, "ar")
+    whole = open(path, "rb").read()
+    assert "d_model=16 there, 32 now" in refused(train_cft, monkeypatch, capsys, tmp_path, "--d_model", "32")
+    assert "ar_lr=0.002 there, 0.1 now" in refused(train_ar, monkeypatch, capsys, tmp_path, "--ar_lr", "0.1")
+    for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
+        open(path, "wb").write(damaged)
+        for module in (train_ar, train_cft, evaluate):
+            assert "damaged" in refused(module, monkeypatch, capsys, tmp_path)
+        assert open(path, "rb").read() == damaged  # it is for the user to delete it
+    torch.save({"weights": torch.zeros(3)}, path)
+    assert "no checkpoint of this project" in refused(train_cft, monkeypatch, capsys, tmp_path)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_continues_to_the_very_same_weights(monkeypatch, tmp_path):
+    for stage, module in STAGES.items():
+        run(module, monkeypatch, tmp_path / "whole")
+        log = common.Run.log
+
+        def log_then_die(self, **values):
+            log(self, **values)
+            if self.step == 2:
+                self.log_file.flush()
+                raise Killed
+
+        monkeypatch.setattr(common.Run, "log", log_then_die)
+        with pytest.raises(Killed):
+            run(module, monkeypatch, tmp_path / "killed")
+        monkeypatch.setattr(common.Run, "log", log)
+        assert torch.load(checkpoint(tmp_path / "killed", stage))["step"] == 2
+        run(module, monkeypatch, tmp_path / "killed")
+        a, b = (torch.load(checkpoint(tmp_path / name, stage)) for name in ("whole", "killed"))
+        assert a["finished"] and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        logs = [[json.loads(line) for line in open(os.path.join(os.path.dirname(checkpoint(tmp_path / name, stage)), "metrics.jsonl"))]
+                for name in ("whole", "killed")]
+        assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(len(logs[0])))
+
+
+@pytest.mark.parametrize("world", ["toy", "beauty"])
+def test_the_whole_recipe_in_miniature_fulfils_the_contract_of_the_report(world, monkeypatch, tmp_path):
+    options = ["--seed", "1"]
+    if world == "beauty":
+        make_beauty(tmp_path / "data")
+        options += ["--config", "small", "--data_dir", str(tmp_path / "data")]
+    for module in (*STAGES.values(), evaluate):
+        run(module, monkeypatch, tmp_path, *options)
+    folder = tmp_path / ("small" if world == "beauty" else "toy")
+    report = json.load(open(folder / "report.json"))
+    assert {"config", "dataset", "source", "n_users", "device", "seeds", "operating_point", "rows"} <= report.keys()
+    assert report["seeds"] == [1] and report["operating_point"] == {"block_size": 16, "commit": "threshold", "tau": 0.9}
+    row_keys = set("stage block_size tau seed reported recall@1 recall@3 recall@5 ndcg@3 ndcg@5 ndcg@10 mrr strict valid duplicated "
+                   "dropped out_of_set faithful identity trace_tokens forwards tokens_per_forward ar_gain_share train_seconds se "
+                   "seed_se diff_to_ar diff_to_prerank tokens_per_s_b1 speedup_b1 tokens_per_s_batch speedup_batch batch".split())
+    assert all(row_keys <= row.keys() for row in report["rows"])
+    stages = {row["stage"] for row in report["rows"] if row["reported"] and row["seed"] == "mean"}
+    assert stages == {"prerank", "oracle" if world == "toy" else "writer", "ar", "naive", "cft", "opd", "rl", "constrained"}
+    constrained = next(row for row in report["rows"] if row["stage"] == "constrained")
+    assert constrained["valid"] == 1  # whatever the weights
+    for name in ("report.md", "tradeoff.png", "throughput.png", "trace_lengths.png", "denoising.png"):
+        assert (folder / name).stat().st_size > 500

@@ -1,0 +1,274 @@
+"""Invariants of the four stages' own parts: loss weights, divergences, rewards, advantages, the clipped update."""
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import train_cft
+import train_opd
+import train_rl
+from common import draw_batch
+from config import Config
+from conftest import close, left_padded, tiny_gpt, words
+from data import ANSWER, LABEL, tensors, toy_world
+from diffusion import NEVER, Decoded, block_decode, diffusion_loss, replay_logp, stream_hidden
+from model import EOS, MASK, PAD, causal_hidden
+from train_ar import token_weights
+from train_opd import divergence, opd_loss
+from train_rl import advantages, policy_loss, reward
+
+LENGTHS = [4, 1, 6, 3]
+CFG = Config(n_train=60, n_val=10, n_test=10, rl_prompts=6, rl_group=3)
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class SGD:
+    """Stands in for common.Run: plain gradient steps; keeps the losses."""
+    def __init__(self, model, lr=1e-3):
+        self.model, self.lr, self.losses = model, lr, []
+
+    def update(self, loss):
+        self.losses.append(loss.item())
+        for p, g in zip(self.model.parameters(), torch.autograd.grad(loss, list(self.model.parameters()))):
+            p.data -= self.lr * g
+        return 0.0
+
+
+def test_a_batch_has_lists_of_one_length_and_every_row_is_as_likely():
+    k = np.array([8, 8, 6, 8, 7, 8, 6, 8], np.int8)
+    batches = [draw_batch(k, 5, gen(seed)) for seed in range(2000)]
+    assert all(len(set(k[rows])) == 1 and len(rows) == 5 for rows in batches)
+    assert np.abs(np.bincount(np.concatenate(batches), minlength=8) / 10000 - 1 / 8).max() < 0.03
+
+
+# --- AR and CFT ----------------------------------------------------------------------------------------------------------
+
+def test_token_weights_by_hand():
+    response = torch.tensor([[6, 9, ANSWER, LABEL, EOS, PAD], [ANSWER, LABEL + 1, LABEL, LABEL + 2, EOS, PAD],
+                             [6, 9, 9, 9, 9, EOS], [6, ANSWER, ANSWER, EOS, PAD, PAD]])  # no answer; two starts
+    assert token_weights(response, 4.0).tolist() == [[1, 1, 1, 4, 4, 0], [1, 4, 4, 4, 4, 0], [1] * 6, [1, 1, 4, 4, 0, 0]]
+
+
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_how_much_padding_a_batch_has_changes_no_loss(B):
+    # Teacher outputs are max_response wide, reference responses as wide as the longest of them.
+    model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(4, 7, seed=1)
+    response[:, 6], response[1, 4], response[1, 5:] = EOS, EOS, PAD
+    loss = lambda r: diffusion_loss(model, prompt, r, B, "complementary", 0.3, gen(), token_weights(r, 4.0))
+    close(loss(response), loss(torch.cat((response, torch.full((4, -7 % B), PAD)), 1)), atol=1e-6)
+
+
+def test_cft_trains_every_teacher_output_behind_its_own_prompt(monkeypatch):
+    world, seen = toy_world(CFG), []
+    outputs = words(40, 6)  # of the first 40 training prompts
+
+    def loss(model, prompt, response, block_size, kind, first_step, generator, weight):
+        rows = [int((outputs == r).all(1).nonzero()[0]) for r in response]
+        assert torch.equal(prompt, tensors(world.train, rows, "cpu")[0]) and torch.equal(weight, token_weights(response, 4.0))
+        assert (block_size, kind, first_step) == (16, "complementary", 0.3)
+        seen.extend(rows)
+
+    monkeypatch.setattr(train_cft, "diffusion_loss", loss)
+    for seed in range(20):
+        train_cft.cft_loss(CFG, world, None, outputs, gen(seed))
+    assert len(set(seen)) > 20
+
+
+# --- OPD -----------------------------------------------------------------------------------------------------------------
+
+def test_divergences_equal_their_sums_written_out():
+    student, teacher = (torch.randn(3, 5, generator=gen(s), dtype=torch.float64) * 2 for s in (1, 2))
+    S, T = student.softmax(-1), teacher.softmax(-1)
+    kl = lambda p, q: torch.stack([sum(a * math.log(a / b) for a, b in zip(x, y)) for x, y in zip(p, q)])
+    close(divergence(student, teacher, "forward"), kl(T, S))
+    close(divergence(student, teacher, "reverse"), kl(S, T))
+    for beta in (0.1, 0.5, 0.8):
+        M = beta * T + (1 - beta) * S
+        close(divergence(student, teacher, "jsd", beta), beta * kl(T, M) + (1 - beta) * kl(S, M))
+    close(divergence(student, teacher, "jsd", 0.5), divergence(teacher, student, "jsd", 0.5))
+    assert not torch.allclose(divergence(student, teacher, "jsd", 0.2), divergence(teacher, student, "jsd", 0.2))
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_divergence_stays_finite_where_a_token_is_impossible(kind):
+    logits = torch.randn(2, 6, requires_grad=True)
+    impossible = torch.randn(2, 6)
+    impossible[:, :2] = -1e4  # as [PAD] and [MASK] have it
+    masked = torch.cat((torch.full((2, 2), -1e4), logits[:, 2:]), 1)
+    loss = divergence(masked, impossible, kind).sum()
+    assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_opd_loss_vanishes_for_the_teacher_itself_at_block_size_one_and_only_there(kind):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    cfg = replace(CFG, block_size=1, opd_divergence=kind)
+    loss = lambda student, cfg: opd_loss(cfg, student, model, prompt, block_decode(student, prompt, 8, cfg.block_size), gen())
+    assert abs(loss(model, cfg)) < 1e-6
+    assert loss(tiny_gpt(3), cfg) > 1e-2
+    assert loss(model, replace(cfg, block_size=4)) > 1e-2  # its denoising states are no AR states
+
+
+def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_block():
+    student, teacher, prompt, B = tiny_gpt(3), tiny_gpt(0), words(1, 3, seed=7), 4
+    cfg = replace(CFG, block_size=B)
+    decoded = block_decode(student, prompt, 2 * B, B, "threshold", 0.9)
+    tokens, steps = decoded.tokens[0], decoded.commit_step[0].view(2, B)
+    end = int((tokens != PAD).sum())
+    T = [1 + max(s for s in row.tolist() if s != NEVER) for row in steps]
+    assert B < end < 2 * B and min(T) > 1  # the response ends inside its second block
+    target = teacher.logits(causal_hidden(teacher, prompt, decoded.tokens))[0]
+    possible = []
+    for state in itertools.product(*map(range, T)):
+        noised = torch.tensor([decoded.filled[0, b * B + j].item() if steps[b, j] < state[b] else MASK
+                               for b in range(2) for j in range(B)])
+        logits = student.logits(stream_hidden(student, prompt, decoded.filled, noised[None, None], B)[0, 0])
+        scored = [i for i in range(end) if i % B == 0 or noised[i] == MASK]
+        possible.append(divergence(logits[scored], target[scored], "jsd").mean().item())
+    seen = set()
+    for seed in range(40 * len(possible)):
+        loss = opd_loss(cfg, student, teacher, prompt, decoded, gen(seed)).item()
+        nearest = min(range(len(possible)), key=lambda n: abs(possible[n] - loss))
+        assert abs(possible[nearest] - loss) < 1e-6
+        seen.add(nearest)
+        if len(seen) == len(possible):
+            break
+    assert len(seen) == len(possible)
+
+
+def test_opd_update_mixes_divergence_and_anchor_and_moves_the_student_only(monkeypatch):
+    student, teacher, prompt = tiny_gpt(3), tiny_gpt(0), left_padded(LENGTHS)
+    before = [p.clone() for p in teacher.parameters()]
+    monkeypatch.setattr(train_opd, "cft_loss", lambda cfg, world, model, outputs, gen: 0 * model.embed.weight.sum() + 7.0)
+    decoded = block_decode(student, prompt, 8, 4)
+    for anchor in (0.0, 2.0):
+        cfg, run = replace(CFG, block_size=4, opd_weight=0.5, opd_anchor=anchor), SGD(student, 1e-2)
+        log = train_opd.update(cfg, None, student, teacher, None, prompt, decoded, gen(), run)
+        assert run.losses == pytest.approx([0.5 * log["divergence"] + 7.0 * anchor])
+        assert opd_loss(cfg, student, teacher, prompt, decoded, gen()) < log["divergence"]
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, teacher.parameters()))
+
+
+# --- RL ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("before, after, k, valid, conditional, expected", [
+    (3, 1, 4, True, True, 0.5 + 0.1),    # promoted
+    (3, 1, 8, True, True, 0.25 + 0.1),
+    (1, 3, 4, True, True, -0.5),         # demoted
+    (2, 2, 4, True, True, 0.0),          # same place, not the first: no bonus
+    (0, 0, 4, True, True, 0.1),          # first and stays first
+    (0, 3, 4, True, True, -0.75),
+    (3, 1, 4, False, True, -1.0),        # invalid, whatever the repaired rank
+    (0, 0, 4, False, False, -1.0),
+    (3, 1, 4, True, False, 0.5 + 0.1),
+    (1, 3, 4, True, False, -0.5 + 0.1),  # paid for format alone
+    (2, 2, 4, True, False, 0.1)])
+def test_reward_by_hand(before, after, k, valid, conditional, expected):
+    got = reward(np.array([before, 2]), np.array([after, 0]), np.array([k, 10]), np.array([valid, True]), 0.1, conditional)
+    assert got == pytest.approx([expected, 0.2 + 0.1])
+
+
+@pytest.mark.parametrize("k", [2, 8, 12])
+@pytest.mark.parametrize("conditional", [True, False])
+def test_an_invalid_answer_earns_less_than_the_worst_valid_one(k, conditional):
+    before, after = (x.flatten() for x in np.meshgrid(np.arange(k), np.arange(k)))
+    valid = reward(before, after, np.full(k * k, k), np.ones(k * k, bool), 0.1, conditional)
+    assert (reward(before, after, np.full(k * k, k), np.zeros(k * k, bool), 0.1, conditional) < valid.min()).all()
+
+
+def test_advantages_are_normalised_within_a_group_and_equal_groups_carry_no_signal():
+    rewards = torch.tensor([[1.0, 0.0, -1.0], [0.5, 0.5, 0.5], [-1.0, -1.0, 0.5]])
+    advantage, signal = advantages(rewards)
+    assert signal.tolist() == [True, False, True]
+    for row, r in zip(advantage[signal], rewards[signal].tolist()):
+        close(row, torch.tensor([(x - np.mean(r)) / np.std(r, ddof=1) for x in r], dtype=torch.float32), atol=1e-4)
+    assert (advantage[1] == 0).all()
+
+
+@pytest.mark.parametrize("ratio, advantage, gradient", [
+    (1.0, 1, True), (1.27, 1, True), (1.3, 1, False), (0.7, 1, True),        # a good token is not pushed above the range,
+    (1.0, -1, True), (0.81, -1, True), (0.79, -1, False), (1.3, -1, True)])  # a bad one not below; the way back is open
+def test_clip_stops_the_gradient_only_in_its_direction(ratio, advantage, gradient):
+    logp = torch.tensor([[math.log(ratio), 0.0]], requires_grad=True)
+    loss, r = policy_loss(logp, torch.zeros(1, 2), torch.tensor([float(advantage)]), torch.ones(1, 2), 0.2, 0.28)
+    grad = torch.autograd.grad(loss, logp)[0][0]
+    close(r.detach()[0], torch.tensor([ratio, 1.0]), atol=1e-6)
+    close(grad, torch.tensor([-ratio * advantage / 2 if gradient else 0.0, -advantage / 2]), atol=1e-6)
+    clipped = max(min(ratio, 1.28), 0.8)
+    close(loss.detach(), torch.tensor(-(min(ratio * advantage, clipped * advantage) + advantage) / 2), atol=1e-6)
+
+
+def test_policy_loss_is_a_mean_over_the_tokens_of_the_batch_not_over_responses():
+    logp, mask = torch.zeros(2, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    loss, _ = policy_loss(logp, logp, torch.tensor([1.0, -2.0]), mask, 0.2, 0.28)
+    close(loss, torch.tensor(-(4 * 1.0 - 2.0) / 5), atol=1e-6)
+
+
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_importance_ratio_is_one_before_the_first_update_and_not_after_it(B):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    decoded = block_decode(model, prompt, 8, B, "threshold", 0.6, 0.7, gen())
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    cfg = replace(CFG, block_size=B, rl_prompts=2, rl_group=2, rl_epochs=1, rl_temperature=0.7)
+    assert train_rl.update(cfg, model, prompt, decoded, rewards, SGD(model, 0.1))["ratio_off"] < 1e-9
+    assert train_rl.update(cfg, model, prompt, decoded, rewards, SGD(model))["ratio_off"] > 1e-3
+
+
+@pytest.mark.parametrize("B", [1, 2, 4])
+@pytest.mark.parametrize("better", [0, 1])
+def test_an_update_raises_the_better_of_two_samples_and_lowers_the_worse(B, better):
+    model, prompt = tiny_gpt(5), words(1, 4).expand(2, 4)
+    decoded = block_decode(model, prompt, 8, B, "threshold", 0.6, 1.0, gen())
+    assert not torch.equal(decoded.tokens[0], decoded.tokens[1])
+    rewards = torch.tensor([[0.5, -1.0]] if better == 0 else [[-1.0, 0.5]])
+    train_rl.update(replace(CFG, block_size=B, rl_group=2, rl_prompts=1), model, prompt, decoded, rewards, SGD(model))
+    change = (replay_logp(model, prompt, decoded, B, 1.0) - decoded.logp).sum(1)
+    assert change[better] > 1e-4 and change[1 - better] < -1e-4
+
+
+def test_groups_with_equal_rewards_make_no_update_and_do_not_dilute_others():
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    decoded = block_decode(model, prompt, 8, 2, "threshold", 0.6, 1.0, gen())
+    cfg = replace(CFG, block_size=2, rl_group=2, rl_prompts=2, rl_epochs=1)
+    run = SGD(model, 0.0)
+    log = train_rl.update(cfg, model, prompt, decoded, torch.tensor([[-1.0, -1.0], [0.5, 0.5]]), run)
+    assert not run.losses and log["signal"] == 0
+    log = train_rl.update(cfg, model, prompt, decoded, torch.tensor([[-1.0, -1.0], [0.5, 0.0]]), run)
+    assert log["signal"] == 0.5
+    train_rl.update(cfg, model, prompt[2:], decoded.take(slice(2, 4)), torch.tensor([[0.5, 0.0]]), run)
+    assert len(run.losses) == 2 and run.losses[0] == pytest.approx(run.losses[1])
+
+
+def test_rollout_groups_samples_of_one_prompt_and_rewards_the_rise_of_its_target(monkeypatch):
+    world, rng = toy_world(replace(CFG, vary_lists=1.0)), np.random.default_rng(0)
+    written, prompts = [], []
+
+    def decode(model, prompt, max_len, *args, **kwargs):  # answers at random, every fourth one without its last label
+        rows = [int((world.train.prompt[:, -prompt.shape[1]:] == p.numpy()).all(1).argmax()) for p in prompt]
+        tokens = torch.zeros(len(rows), max_len, dtype=torch.long)
+        for n, row in enumerate(rows):
+            order = rng.permutation(int(world.train.k[row]))[:None if n % 4 else -1]
+            tokens[n, :len(order) + 2] = torch.tensor([ANSWER, *(LABEL + order), EOS])
+            written.append((row, order))
+        prompts.append(prompt)
+        return Decoded(tokens, tokens, torch.zeros_like(tokens), torch.zeros(tokens.shape), torch.ones(len(rows)))
+
+    monkeypatch.setattr(train_rl, "block_decode", decode)
+    cfg = replace(CFG, vary_lists=1.0)
+    prompt, decoded, rewards, log = train_rl.rollout(cfg, world, None, np.arange(len(world.train)), gen())
+    assert rewards.shape == (6, 3) and torch.equal(prompt, prompts[0])
+    assert (prompt.view(6, 3, -1) == prompt.view(6, 3, -1)[:, :1]).all() and len(prompt.unique(dim=0)) > 3
+    for value, (row, order) in zip(rewards.flatten().tolist(), written):
+        target, k = int(world.train.target[row]), int(world.train.k[row])
+        if len(order) < k:
+            assert value == -1
+        else:
+            rise = target - order.tolist().index(target)
+            assert value == pytest.approx(rise / k + 0.1 * (rise > 0 or target == rise == 0))
+    assert log["reward"] == pytest.approx(rewards.mean().item()) and log["sampled_valid"] == pytest.approx(13 / 18)
