@@ -63,8 +63,8 @@ class World:
 
     @property
     def max_response(self):
-        """Longest response of the world: trace, <answer>, labels, [EOS]."""
-        return self.test.trace.shape[1] + 1 + self.test.order.shape[1] + 1
+        """Longest response of the world, in training lists too: trace, <answer>, labels, [EOS]."""
+        return self.train.trace.shape[1] + 1 + self.train.order.shape[1] + 1
 
 
 def tensors(split, rows, device):
@@ -165,11 +165,12 @@ def faithfulness(tokens, trace, n_labels):
 # knows nothing but a position prior for the target. So the best ranking given the prompt has a closed form.
 
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY, TOY_Q, TOY_PRIOR = 3, 5, 6, 0.6, 0.25
+TOY_MOST = 3  # evidence counts stop here: 3 means 3 or more
 
 
 def toy_words(n_labels):
     return (SPECIAL + [f"L{i + 1}" for i in range(n_labels)] + [f"{a}{v}" for a in "xyz" for v in range(TOY_VALUES)] +
-            [f"{a}:{c}" for a in "xyz" for c in range(TOY_HISTORY + 1)])
+            [f"{a}{v}:{c}" for a in "xyz" for v in range(TOY_VALUES) for c in range(TOY_MOST + 1)])
 
 
 def toy_oracle(counts, items, k):
@@ -201,15 +202,16 @@ def toy_split(n, k, cfg, rng):
     order = np.where(np.arange(K) < k[:, None], np.argsort(-score, axis=1, kind="stable"), -1)
 
     attribute = words.index("x0") + np.arange(A) * V
-    count0 = words.index("x:0") + np.arange(A) * (H + 1)
     column = lambda token: np.full((n, 1), token, np.int16)
     labels = np.broadcast_to(LABEL + np.arange(K), (n, K))[..., None]
     listed = (np.arange(K) < k[:, None])[..., None]
     shown = np.where(listed, np.concatenate((labels, items + attribute), axis=2), PAD).reshape(n, -1)
     prompt = pack(np.concatenate((column(HISTORY), (history + attribute).reshape(n, -1), column(CANDIDATES), shown), 1), left=True)
-    # Profile: the most frequent value of each attribute (ties: the smallest). Evidence: how often the history has each
-    # of the candidate's three values.
-    seen = counts[np.arange(n)[:, None, None], np.arange(A), items] + count0
+    # Profile: the most frequent value of each attribute (ties: the smallest). Evidence: each of the candidate's three
+    # values with how often the history has it, up to 3: x2:3. (A bare count is learned several times more slowly: the
+    # value in the token is what teaches the model to look the candidate up.)
+    times = counts[np.arange(n)[:, None, None], np.arange(A), items].clip(max=TOY_MOST)
+    seen = words.index("x0:0") + (np.arange(A) * V + items) * (TOY_MOST + 1) + times
     evidence = np.where(listed, np.concatenate((labels, seen), axis=2), PAD).reshape(n, -1)
     trace = pack(np.concatenate((column(PROFILE), counts.argmax(2) + attribute, evidence), 1), left=False)
     return Split(prompt.astype(np.int16), trace.astype(np.int16), order.astype(np.int8), target.astype(np.int8), k.astype(np.int8))

@@ -122,9 +122,11 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     prompt (N, P) left-padded; response (N, R) right-padded with [PAD] after [EOS]; weight (N, R) loss weight of each token
     (default 1), the normaliser being the sum of the weights.
     """
+    weight = torch.ones(response.shape, device=response.device) if weight is None else weight
+    weight = torch.where(response == PAD, 1.0, weight)  # the fill behind [EOS] weighs 1, however wide the batch came
     response, real = fill_last_block(response, block_size)
     N, R = response.shape
-    w = real.float() if weight is None else F.pad(weight, (0, R - weight.shape[1]), value=1.0) * real
+    w = F.pad(weight, (0, R - weight.shape[1]), value=1.0) * real
     masks, inverse_t = draw_noise((N, R), block_size, kind, first_step, generator, response.device)
     masks &= real[:, None]
     noised = torch.where(masks, MASK, response[:, None])  # (N, S, R)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from config import Config
-from data import (ANSWER, LABEL, PROFILE, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, faithfulness, list_lengths, pack,
-                  parse_answers, responses, toy_oracle, toy_split, toy_words, toy_world)
+from data import (ANSWER, LABEL, PROFILE, TOY_HISTORY, TOY_MOST, TOY_PRIOR, TOY_Q, TOY_VALUES, faithfulness,
+                  list_lengths, pack, parse_answers, responses, toy_oracle, toy_split, toy_words, toy_world)
 from model import EOS, MASK, PAD
 
 CFG = Config(n_train=300, n_val=50, n_test=1500, vary_lists=0.5)
@@ -127,7 +127,7 @@ def test_the_trace_follows_from_the_prompt_alone(world):
         count = lambda a, v: sum((a, v) in item for item in history)
         expected = ["<profile>"] + [a + str(max(range(TOY_VALUES), key=lambda v: (count(a, v), -v))) for a in "xyz"]
         for label, item in zip(labels, candidates):
-            expected += [label] + [f"{a}:{count(a, v)}" for a, v in item]
+            expected += [label] + [f"{a}{v}:{min(count(a, v), 3)}" for a, v in item]
         assert text(world, split.trace[n]) == expected
 
 

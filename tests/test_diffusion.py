@@ -284,6 +284,15 @@ def test_constraint_reaches_the_right_rows_and_slots_when_rows_have_left():
     assert torch.equal(decoded.tokens, torch.where(i < lengths[:, None], word(n, i), PAD))
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_confidence_is_that_of_the_tempered_distribution(temperature):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    decoded = block_decode(model, prompt, 4, 4, "threshold", 0.7, temperature, gen())
+    masks = torch.full((len(LENGTHS), 4), MASK)
+    confidence = (model.logits(stream_hidden(model, prompt, masks, masks[:, None], 4)[:, 0]) / temperature).softmax(-1).amax(-1)
+    assert torch.equal(decoded.commit_step == 0, (confidence > 0.7) | (torch.arange(4) == 0))
+
+
 @pytest.mark.parametrize("B, temperature", [(1, 1.0), (2, 1.0), (2, 0.7)])
 def test_samples_are_as_frequent_as_their_log_probabilities_say(B, temperature):
     model, n = tiny_gpt(), 4000

@@ -115,14 +115,16 @@ def test_opd_loss_vanishes_for_the_teacher_itself_at_block_size_one_and_only_the
     assert loss(model, replace(cfg, block_size=4)) > 1e-2  # its denoising states are no AR states
 
 
-def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_block():
-    student, teacher, prompt, B = tiny_gpt(3), tiny_gpt(0), words(1, 3, seed=7), 4
+@pytest.mark.parametrize("seed, behind", [(3, "open"), (5, "committed")])
+def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_block(seed, behind):
+    student, teacher, prompt, B = tiny_gpt(seed), tiny_gpt(0), words(1, 3, seed={3: 7, 5: 10}[seed]), 4
     cfg = replace(CFG, block_size=B)
     decoded = block_decode(student, prompt, 2 * B, B, "threshold", 0.9)
     tokens, steps = decoded.tokens[0], decoded.commit_step[0].view(2, B)
     end = int((tokens != PAD).sum())
     T = [1 + max(s for s in row.tolist() if s != NEVER) for row in steps]
-    assert B < end < 2 * B and min(T) > 1  # the response ends inside its second block
+    assert end == 2 * B - 1 and min(T) > 1  # the response ends inside its second block
+    assert (decoded.filled[0, -1] == MASK) == (behind == "open")
     target = teacher.logits(causal_hidden(teacher, prompt, decoded.tokens))[0]
     possible = []
     for state in itertools.product(*map(range, T)):
