@@ -157,6 +157,9 @@ class Run:
         progress = self.step / max(1, self.n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * scale * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        if not torch.isfinite(loss):
+            raise UserError(f"{self.stage}: the loss is {loss.item()} at step {self.step}: try a lower --{self.stage}_lr; the "
+                            f"last checkpoint is {checkpoint_path(self.cfg, self.stage)}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)

@@ -176,6 +176,16 @@ def test_targets_are_drawn_from_the_oracle_posterior():
     assert (split.target >= 0).all() and (split.target < 4).all()
 
 
+def test_items_that_a_user_takes_agree_as_often_as_the_favourites_say(world):
+    part, n = world.test, np.arange(len(world.test))
+    history = part.prompt[:, 1:1 + 3 * TOY_HISTORY].reshape(len(n), TOY_HISTORY, 3)
+    candidates = part.prompt[:, -4 * CFG.n_candidates:].reshape(len(n), CFG.n_candidates, 4)[:, :, 1:]
+    agree = TOY_Q ** 2 + (1 - TOY_Q ** 2) / TOY_VALUES  # both the favourite, or one of them at least uniform
+    assert abs((history[:, 0] == history[:, 1]).mean() - agree) < 0.04
+    assert abs((candidates[n, part.target] == history[:, 2]).mean() - agree) < 0.04
+    assert abs((candidates[n, part.target - 1] == history[:, 2]).mean() - 1 / TOY_VALUES) < 0.04  # another: by chance
+
+
 def test_targets_follow_the_position_prior(world):
     share = np.bincount(world.test.target, minlength=CFG.n_candidates) / len(world.test)
     prior = np.exp(-TOY_PRIOR * np.arange(CFG.n_candidates))
