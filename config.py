@@ -64,8 +64,8 @@ class Config:
     tau: float = 0.9
 
     # CFT: conversion fine-tuning
-    cft_steps: int = 3000
-    cft_lr: float = 2e-3
+    cft_steps: int = 2000
+    cft_lr: float = 1e-3
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
     cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
@@ -93,6 +93,7 @@ class Config:
     rl_conditional: bool = True  # format reward only if the target rose, or stood first and still does
 
     # evaluation
+    eval_split: str = "test"     # test | val: settings (tau, steps, ...) are chosen on val, in report_val.json
     eval_batch: int = 256
     eval_taus: str = "0.5,0.7,0.95,1.0"  # the curve around the operating point
     eval_curve_users: int = 500  # users on the curve (the operating point has all)
@@ -105,7 +106,7 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, bfloat16=True, warmup=100,
-        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1.5e-3, cft_prompts=16000, opd_steps=100, rl_steps=100),
+        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1e-3, cft_prompts=16000, opd_steps=100, rl_steps=100),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, bfloat16=True, warmup=200,
@@ -158,7 +159,7 @@ def _convert(name, kind, value):
 def check(cfg):
     """Refuse settings that cannot work, before anything is written; returns cfg."""
     choices = dict(world=("toy", "beauty"), commit=("threshold", "factor"), device=("auto", "cpu", "cuda"),
-                   cft_noise=("complementary", "uniform", "clipped"), opd_divergence=("forward", "reverse", "jsd"))
+                   eval_split=("test", "val"), cft_noise=("complementary", "uniform", "clipped"), opd_divergence=("forward", "reverse", "jsd"))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise UserError(f"--{name} must be one of {', '.join(allowed)}, not '{getattr(cfg, name)}'")

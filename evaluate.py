@@ -252,7 +252,9 @@ def evaluate_seed(cfg, world, seed):
 
 
 def main(cfg):
-    world = load_world(cfg)
+    world, name = load_world(cfg), "report"
+    if cfg.eval_split == "val":
+        world, name = dataclasses.replace(world, test=world.val), "report_val"
     seeds = finished_seeds(cfg)
     per_seed = {}
     for seed in seeds:
@@ -286,15 +288,15 @@ def main(cfg):
             mean["seed_se"] = {m: float(np.std([r["strict"][m] for r in made], ddof=1) / len(have) ** 0.5) for m in METRICS}
         rows += [*made, mean]
     report = {"config": cfg.config, "dataset": "Amazon Beauty" if cfg.world == "beauty" else "toy world",
-              "source": world.source, "n_users": n, "device": device_name(cfg), "seeds": seeds,
+              "source": world.source, "split": cfg.eval_split, "n_users": n, "device": device_name(cfg), "seeds": seeds,
               "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "tau": cfg.tau},
               "data": world.notes, "rows": rows}
     text = markdown(report)
-    save_atomically(folder(cfg, "report.json"), lambda p: open(p, "w").write(json.dumps(report, indent=1) + "\n"))
-    save_atomically(folder(cfg, "report.md"), lambda p: open(p, "w").write(text))
-    figures(cfg, world, report, per_seed[seeds[0]], shown)
-    print(text)
-    print(f"written: {folder(cfg)}/report.json, report.md and figures")
+    save_atomically(folder(cfg, f"{name}.json"), lambda p: open(p, "w").write(json.dumps(report, indent=1) + "\n"))
+    save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(text))
+    if cfg.eval_split == "test":
+        figures(cfg, world, report, per_seed[seeds[0]], shown)
+    print(f"{text}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))
 
 
 def device_name(cfg):
@@ -308,7 +310,7 @@ def markdown(report):
     point = report["operating_point"]
     percent = lambda v: "–" if v is None else f"{100 * v:.1f} %"
     number = lambda v, digits=1: "–" if v is None else f"{v:.{digits}f}"
-    lines = [f"# {report['dataset']} ({report['config']}): {report['n_users']} test users, seeds {report['seeds']}, {report['device']}", "",
+    lines = [f"# {report['dataset']} ({report['config']}): {report['n_users']} {report['split']} users, seeds {report['seeds']}, {report['device']}", "",
              f"Data: {report['source']}. Operating point: block size {point['block_size']}, {point['commit']} {point['tau']}. "
              "Scores are strict (an invalid answer counts 0), ± standard error over users; the difference in N@10 to AR has "
              "its paired 95 % interval; the share is that of AR's gain in N@10 over the pre-ranked order.", "",
@@ -326,7 +328,7 @@ def markdown(report):
             *(percent(r[k]) for k in ("duplicated", "dropped", "out_of_set", "faithful", "identity")),
             number(r["trace_tokens"]), number(r["forwards"]), number(r["tokens_per_forward"], 2),
             number(r["speedup_b1"], 2), number(r["speedup_batch"], 2), number(r["train_seconds"], 0)]) + " |")
-    lines += ["", "The curve around the operating point (first users of the test split; same columns, fewer):", "",
+    lines += ["", "The curve around the operating point (the first users only where there are fewer):", "",
               "| stage | tau | users | N@10 | valid | faithful | forwards | tok/fwd |", "|---" * 8 + "|"]
     for r in report["rows"]:
         if r["tau"] is not None and r["seed"] == "mean":
