@@ -289,17 +289,18 @@ def replay_logp(model, prompt, decoded, block_size, temperature=0.0, max_streams
     tokens, the product of these probabilities is the exact likelihood of the trajectory under the sampling policy; under
     an updated policy the choice of positions is held fixed, here as everywhere else.
     """
-    response = decoded.tokens != PAD
-    step = torch.where(response, decoded.commit_step, -1)
+    step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)  # (N, R)
     clean = torch.where(decoded.filled == MASK, EOS, decoded.filled)  # behind the end; no scored token sees these slots
-    n_steps = int(step.max()) + 1
     logp = torch.zeros_like(decoded.logp)
-    for s in range(0, n_steps, max_streams):
-        steps = torch.arange(s, min(s + max_streams, n_steps), device=prompt.device)
-        noised = decode_states(decoded, steps) if block_size > 1 else clean[:, None][:, :0]
-        hidden = stream_hidden(model, prompt, clean, noised, block_size)  # (N, S, R, d)
-        here = step[:, None] == steps[None, :, None]  # (N, S, R): committed at that step
+    for s in range(0, int(step.max()) + 1, max_streams):
+        rows = (step.amax(1) >= s).nonzero()[:, 0]  # most rows are done after the first pass
+        steps = torch.arange(s, min(s + max_streams, int(step.max()) + 1), device=prompt.device)
+        noised = decode_states(decoded.take(rows), steps) if block_size > 1 else clean[rows, None][:, :0]
+        hidden = stream_hidden(model, prompt[rows], clean[rows], noised, block_size)  # (n, S, R, d)
+        here = step[rows, None] == steps[None, :, None]  # (n, S, R): committed at that step
         logits = model.logits(hidden[here]) / (temperature or 1.0)
-        token_logp = F.log_softmax(logits, dim=-1).gather(-1, clean[:, None].expand_as(here)[here][:, None])[:, 0]
-        logp = logp + torch.zeros(here.shape, dtype=token_logp.dtype, device=logp.device).masked_scatter(here, token_logp).sum(1)
+        token = clean[rows, None].expand_as(here)[here]
+        token_logp = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        found = torch.zeros(here.shape, dtype=token_logp.dtype, device=logp.device).masked_scatter(here, token_logp)
+        logp = logp.index_add(0, rows, found.sum(1))
     return logp

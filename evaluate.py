@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint_path, device_of, load_stage, save_atomically, script
+from common import checkpoint_path, device_of, load_stage, read_checkpoint, save_atomically, script
 from config import STAGES, UserError, folder
 from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
 from diffusion import block_decode
@@ -219,7 +219,8 @@ def evaluate_seed(cfg, world, seed):
     curve = [float(t) for t in cfg.eval_taus.split(",")]
     models, seconds = {}, {}
     for stage in STAGES:
-        if os.path.exists(checkpoint_path(cfg, stage)):
+        state = read_checkpoint(cfg, stage, world)
+        if stage == "ar" or state and state["finished"]:  # without a teacher there is nothing to compare with
             models[stage], state = load_stage(cfg, stage, world)
             seconds[stage] = state["seconds"]
     models["naive"] = models["ar"]  # the teacher's weights under the student's sampler

@@ -38,7 +38,7 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
 def rollout(cfg, world, student, gen):
     """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded."""
     prompt, _ = tensors(world.train, draw_batch(world.train.k, cfg.batch_size, gen), gen.device)
-    return prompt, block_decode(student, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.opd_tau)
+    return prompt, block_decode(student, prompt, world.max_response, cfg.block_size, "threshold", cfg.opd_tau)
 
 
 def opd_loss(cfg, student, teacher, prompt, decoded, gen):

@@ -57,7 +57,8 @@ def rollout(cfg, world, model, candidates, gen):
     """
     rows = candidates[draw_batch(world.train.k[candidates], cfg.rl_prompts, gen)].repeat(cfg.rl_group)
     prompt, _ = tensors(world.train, rows, gen.device)
-    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, cfg.rl_temperature, gen)
+    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, "threshold", cfg.rl_tau, cfg.rl_temperature,
+                           gen)
     answers = parse_answers(decoded.tokens.cpu().numpy(), world.train.k[rows], world.train.order.shape[1])
     before, k = world.train.target[rows].astype(np.int64), world.train.k[rows]
     after = (answers.order == before[:, None]).argmax(1)
