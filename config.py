@@ -55,16 +55,16 @@ class Config:
     valid_every: int = 100       # steps between the valid rates shown in the bar
 
     # AR: the teacher
-    ar_steps: int = 1600
+    ar_steps: int = 1500
     ar_lr: float = 2e-3
 
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
     commit: str = "threshold"    # threshold: confidence > tau | factor: (n+1)(1 - c_n) < tau
-    tau: float = 0.9             # (roll-outs have thresholds of their own: tau can be turned after training)
+    tau: float = 0.98            # (roll-outs have thresholds of their own: tau can be turned after training)
 
     # CFT: conversion fine-tuning
-    cft_steps: int = 1700
+    cft_steps: int = 2000
     cft_lr: float = 1e-3
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
@@ -72,7 +72,7 @@ class Config:
     cft_prompts: int = 10000     # training prompts that the teacher answers, once, before CFT
 
     # OPD: on-policy distillation
-    opd_steps: int = 80
+    opd_steps: int = 60
     opd_lr: float = 2e-4
     opd_divergence: str = "jsd"  # forward KL(T||S) | reverse KL(S||T) | jsd
     opd_beta: float = 0.5        # jsd: weight of the teacher in the mixture
@@ -81,8 +81,9 @@ class Config:
     opd_tau: float = 0.7         # threshold of the roll-outs; lower than the operating point, where mistakes are
 
     # RL: GRPO / DAPO
-    rl_steps: int = 40           # roll-outs
-    rl_lr: float = 1e-4
+    rl_steps: int = 30           # roll-outs
+    rl_lr: float = 5e-5
+    rl_anchor: float = 1.0       # weight of the CFT loss in the mix
     rl_prompts: int = 8          # prompts a roll-out
     rl_group: int = 8            # samples a prompt
     rl_epochs: int = 2           # updates a roll-out; with one the ratio is 1 and the clip never acts
@@ -96,7 +97,7 @@ class Config:
     # evaluation
     eval_split: str = "test"     # test | val: settings (tau, steps, ...) are chosen on val, in report_val.json
     eval_batch: int = 256
-    eval_taus: str = "0.5,0.7,0.95,1.0"  # the curve around the operating point
+    eval_taus: str = "0.5,0.7,0.9,1.0"   # the curve around the operating point
     eval_curve_users: int = 400  # users on the curve (the operating point has all)
     eval_speed_seconds: float = 8.0  # time spent on each throughput measurement
     seeds: str = "all"           # evaluate: seeds in the report, comma-separated, or all that finished

@@ -217,9 +217,9 @@ def test_importance_ratio_is_one_before_the_first_update_and_not_after_it(B):
     model, prompt = tiny_gpt(), left_padded(LENGTHS)
     decoded = block_decode(model, prompt, 8, B, "threshold", 0.6, 0.7, gen())
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    cfg = replace(CFG, block_size=B, rl_prompts=2, rl_group=2, rl_epochs=1, rl_temperature=0.7)
-    assert train_rl.update(cfg, model, prompt, decoded, rewards, SGD(model, 0.1))["ratio_off"] < 1e-9
-    assert train_rl.update(cfg, model, prompt, decoded, rewards, SGD(model))["ratio_off"] > 1e-3
+    cfg = replace(CFG, block_size=B, rl_prompts=2, rl_group=2, rl_epochs=1, rl_temperature=0.7, rl_anchor=0.0)
+    assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model, 0.1))["ratio_off"] < 1e-9
+    assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model))["ratio_off"] > 1e-3
 
 
 @pytest.mark.parametrize("B", [1, 2, 4])
@@ -229,7 +229,8 @@ def test_an_update_raises_the_better_of_two_samples_and_lowers_the_worse(B, bett
     decoded = block_decode(model, prompt, 8, B, "threshold", 0.6, 1.0, gen())
     assert not torch.equal(decoded.tokens[0], decoded.tokens[1])
     rewards = torch.tensor([[0.5, -1.0]] if better == 0 else [[-1.0, 0.5]])
-    train_rl.update(replace(CFG, block_size=B, rl_group=2, rl_prompts=1), model, prompt, decoded, rewards, SGD(model))
+    cfg = replace(CFG, block_size=B, rl_group=2, rl_prompts=1, rl_anchor=0.0)
+    train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model))
     change = (replay_logp(model, prompt, decoded, B, 1.0) - decoded.logp).sum(1)
     assert change[better] > 1e-4 and change[1 - better] < -1e-4
 
@@ -237,13 +238,13 @@ def test_an_update_raises_the_better_of_two_samples_and_lowers_the_worse(B, bett
 def test_groups_with_equal_rewards_make_no_update_and_do_not_dilute_others():
     model, prompt = tiny_gpt(), left_padded(LENGTHS)
     decoded = block_decode(model, prompt, 8, 2, "threshold", 0.6, 1.0, gen())
-    cfg = replace(CFG, block_size=2, rl_group=2, rl_prompts=2, rl_epochs=1)
+    cfg = replace(CFG, block_size=2, rl_group=2, rl_prompts=2, rl_epochs=1, rl_anchor=0.0)
     run = SGD(model, 0.0)
-    log = train_rl.update(cfg, model, prompt, decoded, torch.tensor([[-1.0, -1.0], [0.5, 0.5]]), run)
+    log = train_rl.update(cfg, None, model, None, prompt, decoded, torch.tensor([[-1.0, -1.0], [0.5, 0.5]]), None, run)
     assert not run.losses and log["signal"] == 0
-    log = train_rl.update(cfg, model, prompt, decoded, torch.tensor([[-1.0, -1.0], [0.5, 0.0]]), run)
+    log = train_rl.update(cfg, None, model, None, prompt, decoded, torch.tensor([[-1.0, -1.0], [0.5, 0.0]]), None, run)
     assert log["signal"] == 0.5
-    train_rl.update(cfg, model, prompt[2:], decoded.take(slice(2, 4)), torch.tensor([[0.5, 0.0]]), run)
+    train_rl.update(cfg, None, model, None, prompt[2:], decoded.take(slice(2, 4)), torch.tensor([[0.5, 0.0]]), None, run)
     assert len(run.losses) == 2 and run.losses[0] == pytest.approx(run.losses[1])
 
 
