@@ -108,7 +108,7 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, bfloat16=True, warmup=100,
-        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1e-3, cft_prompts=12000, opd_steps=100, rl_steps=60),
+        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1e-3, cft_prompts=12000, opd_steps=60, rl_steps=30, eval_curve_users=300, tau=0.95),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, bfloat16=True, warmup=200,

@@ -242,9 +242,8 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
         logits = model.logits(hidden)                          # (n, B, V)
         if constrain is not None:
             logits = constrain(logits, seq[:, P:], at - P, rows)
-        probs = F.softmax(logits / (temperature or 1.0), dim=-1)
-        drawn, lp = sample(logits, temperature, generator)
-        chosen = choose(probs.amax(-1), open_, fresh[:, None] & (lane == 0), rule, tau)
+        drawn, lp, best = sample(logits, temperature, generator)
+        chosen = choose(best.exp(), open_, fresh[:, None] & (lane == 0), rule, tau)
         tokens = torch.where(chosen, drawn, tokens)
         seq.scatter_(1, at, tokens)
         step.scatter_(1, at - P, torch.where(chosen, in_block[:, None], step.gather(1, at - P)))

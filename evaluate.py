@@ -297,7 +297,7 @@ def main(cfg):
     save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(text))
     if cfg.eval_split == "test":
         figures(cfg, world, report, per_seed[seeds[0]], shown)
-    print(f"{text}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))
+    print(f"\n{summary(report)}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))
 
 
 def device_name(cfg):
@@ -336,6 +336,21 @@ def markdown(report):
             lines.append(f"| {r['stage']} | {r['tau']} | {r['n_users']} | {r['strict']['ndcg@10']:.3f} ± {r['se']['ndcg@10']:.3f} | "
                          f"{percent(r['valid'])} | {percent(r['faithful'])} | {r['forwards']:.1f} | {r['tokens_per_forward']:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def summary(report):
+    """The stage table for a terminal, 92 columns: what to look at first."""
+    show = lambda v, text: "–" if v is None else text.format(v)
+    lines = [f"{'stage':12}{'R@1':>7}{'N@10':>7}{'share of':>10}{'valid':>9}{'faithful':>10}{'same as':>9}{'forwards':>10}{'tokens a':>10}{'speed-up':>9}",
+             f"{'':12}{'':7}{'':7}{'AR gain':>10}{'':9}{'':10}{'input':>9}{'':10}{'forward':>10}{'batch 1':>9}"]
+    for r in report["rows"]:
+        if r["reported"] and r["seed"] == "mean":
+            lines.append(f"{r['stage']:12}{r['strict']['recall@1']:7.3f}{r['strict']['ndcg@10']:7.3f}{show(r['ar_gain_share'], '{:.1%}'):>10}"
+                         f"{show(r['valid'], '{:.1%}'):>9}{show(r['faithful'], '{:.1%}'):>10}{show(r['identity'], '{:.1%}'):>9}"
+                         f"{show(r['forwards'], '{:.1f}'):>10}{show(r['tokens_per_forward'], '{:.2f}'):>10}{show(r['speedup_b1'], '{:.2f}'):>9}")
+    point = report["operating_point"]
+    return "\n".join([f"{report['dataset']}: {report['n_users']} {report['split']} users, seeds {report['seeds']}, block size "
+                      f"{point['block_size']}, {point['commit']} {point['tau']}; strict scores", "", *lines, ""])
 
 
 # --- Figures -----------------------------------------------------------------------------------------------------------------

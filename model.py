@@ -142,7 +142,7 @@ def ar_decode(model, prompt, max_len, temperature=0.0, generator=None):
     hidden = model(prompt, (slot[None, :P] - pad).clamp(min=0), mask, cache, slice(0, P), P)[:, -1]
     running = torch.ones(N, dtype=torch.bool, device=dev)
     for i in range(max_len):
-        token, lp = sample(model.logits(hidden), temperature, generator)
+        token, lp, _ = sample(model.logits(hidden), temperature, generator)
         tokens[:, i], logp[:, i] = token * running, lp * running
         running &= token != EOS
         if i == max_len - 1 or not running.any():
@@ -153,9 +153,11 @@ def ar_decode(model, prompt, max_len, temperature=0.0, generator=None):
 
 
 def sample(logits, temperature, generator=None):
-    """Greedy (temperature 0) or sampled tokens (...,) from logits (..., V), and their log-probabilities (...,)."""
+    """Greedy (temperature 0) or sampled tokens from logits (..., V): the tokens (...,), their log-probabilities (...,), and
+    the highest log-probability (...,), which for greedy tokens is the same."""
     logp = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    best, token = logp.max(-1)
     if temperature == 0:
-        return logp.max(-1).indices, logp.max(-1).values
+        return token, best, best
     token = torch.multinomial(logp.exp().flatten(0, -2), 1, generator=generator).view(logp.shape[:-1])
-    return token, logp.gather(-1, token[..., None])[..., 0]
+    return token, logp.gather(-1, token[..., None])[..., 0], best

@@ -248,6 +248,16 @@ def test_groups_with_equal_rewards_make_no_update_and_do_not_dilute_others():
     assert len(run.losses) == 2 and run.losses[0] == pytest.approx(run.losses[1])
 
 
+def test_rl_adds_the_anchor_to_the_policy_loss(monkeypatch):
+    model, prompt, rewards = tiny_gpt(), left_padded(LENGTHS), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    monkeypatch.setattr(train_rl, "cft_loss", lambda cfg, world, model, outputs, gen: 0 * model.embed.weight.sum() + 7.0)
+    decoded = block_decode(model, prompt, 8, 2, "threshold", 0.6, 1.0, gen())
+    run, cfg = SGD(model, 0.0), replace(CFG, block_size=2, rl_group=2, rl_prompts=2, rl_epochs=1)
+    for anchor in (0.0, 2.0):
+        train_rl.update(replace(cfg, rl_anchor=anchor), None, model, None, prompt, decoded, rewards, None, run)
+    assert run.losses[1] == pytest.approx(run.losses[0] + 14.0)
+
+
 def test_rollout_groups_samples_of_one_prompt_and_rewards_the_rise_of_its_target(monkeypatch):
     world, rng = toy_world(replace(CFG, vary_lists=1.0)), np.random.default_rng(0)
     written, prompts = [], []
