@@ -41,8 +41,8 @@ def new_model(cfg, world):
 
 
 def half(cfg, device):
-    """Autocast to bfloat16 for training forwards, where settings and hardware allow. Weights, optimiser, sampling and
-    RL stay in float32. On CPUs with native bfloat16 products a step takes about 0.6 of the time."""
+    """Autocast to bfloat16 for training forwards, where settings and hardware allow. Weights, optimiser and sampling stay
+    in float32. On CPUs with native bfloat16 products a step takes about 0.6 of the time."""
     native = device.type == "cuda" or (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.bfloat16 and native)
 

@@ -47,7 +47,7 @@ class Config:
     batch_size: int = 32
     weight_decay: float = 0.05
     grad_clip: float = 1.0
-    bfloat16: bool = False       # train AR, CFT and OPD in bfloat16 autocast where the hardware has it, else in float32
+    bfloat16: bool = True        # training forwards in bfloat16 autocast where the hardware has it, else in float32
     warmup: int = 50             # steps of linear warm-up; then cosine decay to a tenth
     answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
@@ -107,11 +107,11 @@ PRESETS = {
     "toy": {},
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
-        n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, bfloat16=True, warmup=100,
-        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1e-3, cft_prompts=12000, opd_steps=60, rl_steps=30, eval_curve_users=300, tau=0.95),
+        n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
+        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1e-3, cft_prompts=12000, opd_steps=60, rl_steps=30, rl_prompts=4, eval_curve_users=300, tau=0.95),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
-        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, bfloat16=True, warmup=200,
+        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, warmup=200,
         ar_steps=4000, ar_lr=6e-4, cft_steps=4000, cft_lr=4e-4, cft_prompts=60000, opd_steps=400, rl_steps=300,
         rl_prompts=64, eval_batch=1024),
 }

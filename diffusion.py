@@ -17,6 +17,11 @@ from model import EOS, MASK, PAD, KVCache, pad_left, sample
 NEVER = 10 ** 6  # commit step of a slot that was never committed
 
 
+def full_precision(logits):
+    """Logits that autocast made in bfloat16 as float32, others as they are: softmax needs the digits."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+
 # --- Training: one forward over [prompt ; clean x_0 ; noised x_t^1 ; ... ; noised x_t^S] -------------------------------
 
 def stream_mask(prompt_len, response_len, block_size, n_streams, device=None):
@@ -138,8 +143,7 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     count = count * w[:, None]
     needed = count > 0
     target = response[:, None].expand_as(needed)[needed]
-    logits = model.logits(hidden[needed])  # (M, V)
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    logits = full_precision(model.logits(hidden[needed]))  # (M, V)
     nats = F.cross_entropy(logits, target, reduction="none")  # (M,)
     return (nats * count[needed]).sum() / w.sum()
 
@@ -297,7 +301,7 @@ def replay_logp(model, prompt, decoded, block_size, temperature=0.0, max_streams
         noised = decode_states(decoded.take(rows), steps) if block_size > 1 else clean[rows, None][:, :0]
         hidden = stream_hidden(model, prompt[rows], clean[rows], noised, block_size)  # (n, S, R, d)
         here = step[rows, None] == steps[None, :, None]  # (n, S, R): committed at that step
-        logits = model.logits(hidden[here]) / (temperature or 1.0)
+        logits = full_precision(model.logits(hidden[here])) / (temperature or 1.0)
         token = clean[rows, None].expand_as(here)[here]
         token_logp = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
         found = torch.zeros(here.shape, dtype=token_logp.dtype, device=logp.device).masked_scatter(here, token_logp)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from common import Run, device_of, draw_batch, generator, half, load_stage, script
 from data import load_world, tensors
-from diffusion import NEVER, block_decode, decode_states, stream_hidden
+from diffusion import NEVER, block_decode, decode_states, full_precision, stream_hidden
 from model import EOS, MASK, PAD, causal_hidden
 from train_cft import cft_loss, teacher_outputs, validate
 
@@ -57,8 +57,8 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen):
     first = torch.arange(R, device=gen.device) % B == 0
     scored = (decoded.tokens != PAD) & (first | (noised[:, 0] == MASK))
     with torch.no_grad():
-        target = teacher.logits(causal_hidden(teacher, prompt, decoded.tokens)[scored]).float()  # (M, V)
-    return divergence(student.logits(hidden[scored]).float(), target, cfg.opd_divergence, cfg.opd_beta).mean()
+        target = full_precision(teacher.logits(causal_hidden(teacher, prompt, decoded.tokens)[scored]))  # (M, V)
+    return divergence(full_precision(student.logits(hidden[scored])), target, cfg.opd_divergence, cfg.opd_beta).mean()
 
 
 def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run):

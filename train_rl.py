@@ -14,7 +14,7 @@ gradient tells the model so, since the choice of positions is held fixed in the 
 import numpy as np
 import torch
 
-from common import Run, device_of, draw_batch, generator, load_stage, script
+from common import Run, device_of, draw_batch, generator, half, load_stage, script
 from data import load_world, parse_answers, tensors
 from diffusion import block_decode, replay_logp
 from model import PAD
@@ -73,7 +73,11 @@ def rollout(cfg, world, model, candidates, gen):
 
 
 def update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run):
-    """rl_epochs updates on one roll-out; the first has ratio 1 (up to round-off), the clip acts from the second on."""
+    """rl_epochs updates on one roll-out; the first has ratio 1, the clip acts from the second on.
+
+    The old log-probabilities are those of the first replay: equal to the sampler's own record in float32 (replay_off in the
+    log), and free of rounding differences where bfloat16 replays are much cheaper.
+    """
     advantage, signal = advantages(rewards)
     log = {"signal": signal.float().mean().item()}
     keep = signal.repeat_interleave(cfg.rl_group).nonzero()[:, 0].to(prompt.device)
@@ -81,14 +85,18 @@ def update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run):
         return log
     advantage = advantage.flatten().to(prompt.device)[keep]
     prompt, decoded = prompt[keep], decoded.take(keep)
-    token_mask = decoded.tokens != PAD
+    token_mask, old_logp = decoded.tokens != PAD, None
     for _ in range(cfg.rl_epochs):
-        logp = replay_logp(model, prompt, decoded, cfg.block_size, cfg.rl_temperature)
-        loss, ratio = policy_loss(logp, decoded.logp, advantage, token_mask, cfg.rl_eps_low, cfg.rl_eps_high)
+        with half(cfg, prompt.device):
+            logp = replay_logp(model, prompt, decoded, cfg.block_size, cfg.rl_temperature)
+        if old_logp is None:
+            old_logp = logp.detach()
+            log["replay_off"] = (old_logp - decoded.logp).abs()[token_mask].mean().item()
+        loss, ratio = policy_loss(logp, old_logp, advantage, token_mask, cfg.rl_eps_low, cfg.rl_eps_high)
         anchor = cfg.rl_anchor * cft_loss(cfg, world, model, outputs, gen) if cfg.rl_anchor else 0.0
         log["grad_norm"] = run.update(loss + anchor)
-    off = (ratio - 1).abs()[token_mask]
-    return log | {"loss": loss.item(), "ratio_off": off.mean().item(), "sampled_nats": -decoded.logp[token_mask].mean().item()}
+    return log | {"loss": loss.item(), "ratio_off": (ratio - 1).abs()[token_mask].mean().item(),
+                  "sampled_nats": -decoded.logp[token_mask].mean().item()}
 
 
 def main(cfg):

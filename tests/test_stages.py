@@ -218,8 +218,10 @@ def test_importance_ratio_is_one_before_the_first_update_and_not_after_it(B):
     decoded = block_decode(model, prompt, 8, B, "threshold", 0.6, 0.7, gen())
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     cfg = replace(CFG, block_size=B, rl_prompts=2, rl_group=2, rl_epochs=1, rl_temperature=0.7, rl_anchor=0.0)
-    assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model, 0.1))["ratio_off"] < 1e-9
-    assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model))["ratio_off"] > 1e-3
+    assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model, 0.1))["replay_off"] < 1e-9
+    assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model))["replay_off"] > 1e-3
+    twice = replace(cfg, rl_epochs=2)
+    assert train_rl.update(twice, None, model, None, prompt, decoded, rewards, None, SGD(model))["ratio_off"] > 1e-3
 
 
 @pytest.mark.parametrize("B", [1, 2, 4])
