@@ -15,7 +15,7 @@ from make_beauty import make_beauty
 
 TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --eval_batch 8 "
         "--ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 --rl_prompts 2 --rl_group 3 --save_every 2 --valid_every 3 "
-        "--threads 1 --eval_taus 0.5,1.0 --eval_curve_users 8 --eval_speed_seconds 0.01").split()
+        "--threads 1 --tau 0.9 --eval_taus 0.5,1.0 --eval_curve_users 8 --eval_speed_seconds 0.01").split()
 STAGES = {"ar": train_ar, "cft": train_cft, "opd": train_opd, "rl": train_rl}
 
 
@@ -117,7 +117,7 @@ def test_the_whole_recipe_in_miniature_fulfils_the_contract_of_the_report(world,
     folder = tmp_path / ("small" if world == "beauty" else "toy")
     report = json.load(open(folder / "report.json"))
     assert {"config", "dataset", "source", "n_users", "device", "seeds", "operating_point", "rows"} <= report.keys()
-    assert report["seeds"] == [1] and report["operating_point"] == {"block_size": 16, "commit": "threshold", "tau": 0.98}
+    assert report["seeds"] == [1] and report["operating_point"] == {"block_size": 16, "commit": "threshold", "tau": 0.9}
     row_keys = set("stage block_size tau seed reported recall@1 recall@3 recall@5 ndcg@3 ndcg@5 ndcg@10 mrr strict valid duplicated "
                    "dropped out_of_set faithful identity trace_tokens forwards tokens_per_forward ar_gain_share train_seconds se "
                    "seed_se diff_to_ar diff_to_prerank tokens_per_s_b1 speedup_b1 tokens_per_s_batch speedup_batch batch".split())
