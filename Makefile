@@ -11,7 +11,7 @@ toy: .venv/ready
 	$(RUN) train_rl.py --config toy
 	$(RUN) evaluate.py --config toy
 
-# the same on Amazon Beauty (data/beauty, see README): about 90 minutes on 2 CPU cores
+# the same on Amazon Beauty (data/beauty, see README): about an hour on 2 CPU cores
 beauty: .venv/ready
 	$(RUN) train_ar.py --config small
 	$(RUN) train_cft.py --config small

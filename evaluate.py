@@ -413,8 +413,10 @@ def denoising_figure(cfg, world, model, plt):
     """One test response as a grid, one block a row, coloured by the denoising step at which each token was committed."""
     prompt, _ = tensors(world.test, range(1), device_of(cfg))
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau)
-    B, R = cfg.block_size, decoded.tokens.shape[1]
+    B = cfg.block_size
     tokens, steps = decoded.tokens[0].cpu().numpy().reshape(-1, B), decoded.commit_step[0].cpu().numpy().reshape(-1, B)
+    used = (tokens != PAD).any(1)
+    tokens, steps = tokens[used], steps[used]
     shown = tokens != PAD
     n_steps = int(steps[shown].max()) + 1
     colours = plt.get_cmap("viridis_r")(np.linspace(0.05, 0.6, n_steps))
