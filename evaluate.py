@@ -269,7 +269,7 @@ def main(cfg):
     ar_mean = average([per_seed[s]["ar", None, True][0] for s in seeds])
     rows = [make_row(name, (None, None), "mean", s, {"ar": ar_mean, "prerank": still["prerank"]}, reported=True)
             for name, s in still.items()]
-    for key in per_seed[seeds[0]]:
+    for key in dict.fromkeys(key for seed in seeds for key in per_seed[seed]):  # a stage may have finished for some seeds only
         stage, tau, reported = key
         have = [s for s in seeds if key in per_seed[s]]
         point = (None if stage == "ar" else cfg.block_size, tau)

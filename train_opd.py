@@ -11,7 +11,7 @@ mix as an anchor: without it, distillation has been seen to move the student alo
 import torch
 import torch.nn.functional as F
 
-from common import Run, device_of, draw_batch, generator, half, load_stage, script
+from common import Run, device_of, draw_batch, generator, half, load_stage, script, valid_rate
 from data import load_world, tensors
 from diffusion import NEVER, block_decode, decode_states, full_precision, stream_hidden
 from model import EOS, MASK, PAD, causal_hidden
@@ -36,9 +36,11 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
 
 
 def rollout(cfg, world, student, gen):
-    """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded."""
-    prompt, _ = tensors(world.train, draw_batch(world.train.k, cfg.batch_size, gen), gen.device)
-    return prompt, block_decode(student, prompt, world.max_response, cfg.block_size, "threshold", cfg.opd_tau)
+    """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded, share of valid ones."""
+    rows = draw_batch(world.train.k, cfg.batch_size, gen)
+    prompt, _ = tensors(world.train, rows, gen.device)
+    decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "threshold", cfg.opd_tau)
+    return prompt, decoded, valid_rate(decoded.tokens, world.train, rows)
 
 
 def opd_loss(cfg, student, teacher, prompt, decoded, gen):
@@ -79,8 +81,8 @@ def main(cfg):
     outputs = teacher_outputs(cfg, world, teacher)
     for step in run.steps():
         gen = generator(cfg, "opd", step, device_of(cfg))
-        prompt, decoded = rollout(cfg, world, student, gen)
-        log = update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run)
+        prompt, decoded, rollout_valid = rollout(cfg, world, student, gen)
+        log = update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run) | {"rollout_valid": rollout_valid}
         if run.time_to_validate():
             log |= validate(cfg, world, student)
         run.log(**log)

@@ -108,22 +108,29 @@ def test_a_killed_run_continues_to_the_very_same_weights(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("world", ["toy", "beauty"])
 def test_the_whole_recipe_in_miniature_fulfils_the_contract_of_the_report(world, monkeypatch, tmp_path):
-    options = ["--seed", "1"]
+    options, seeds = ["--seed", "1"], [1]
     if world == "beauty":
         make_beauty(tmp_path / "data")
         options += ["--config", "small", "--data_dir", str(tmp_path / "data")]
+    else:  # a second seed, of which two stages have finished
+        seeds = [0, 1]
+        for module in (train_ar, train_cft):
+            run(module, monkeypatch, tmp_path, "--seed", "0")
     for module in (*STAGES.values(), evaluate):
         run(module, monkeypatch, tmp_path, *options)
     folder = tmp_path / ("small" if world == "beauty" else "toy")
     report = json.load(open(folder / "report.json"))
     assert {"config", "dataset", "source", "n_users", "device", "seeds", "operating_point", "rows"} <= report.keys()
-    assert report["seeds"] == [1] and report["operating_point"] == {"block_size": 16, "commit": "threshold", "tau": 0.9}
+    assert report["seeds"] == seeds and report["operating_point"] == {"block_size": 16, "commit": "threshold", "tau": 0.9}
     row_keys = set("stage block_size tau seed reported recall@1 recall@3 recall@5 ndcg@3 ndcg@5 ndcg@10 mrr strict valid duplicated "
                    "dropped out_of_set faithful identity trace_tokens forwards tokens_per_forward ar_gain_share train_seconds se "
                    "seed_se diff_to_ar diff_to_prerank tokens_per_s_b1 speedup_b1 tokens_per_s_batch speedup_batch batch".split())
     assert all(row_keys <= row.keys() for row in report["rows"])
     stages = {row["stage"] for row in report["rows"] if row["reported"] and row["seed"] == "mean"}
     assert stages == {"prerank", "oracle" if world == "toy" else "writer", "ar", "naive", "cft", "opd", "rl", "constrained"}
+    for stage, made in (("cft", seeds), ("rl", [1])):
+        rows = [row for row in report["rows"] if row["stage"] == stage and row["reported"]]
+        assert [row["seed"] for row in rows] == [*made, "mean"] and (rows[-1]["seed_se"] is None) == (len(made) == 1)
     constrained = next(row for row in report["rows"] if row["stage"] == "constrained")
     assert constrained["valid"] == 1  # whatever the weights
     for name in ("report.md", "tradeoff.png", "throughput.png", "trace_lengths.png", "denoising.png"):
