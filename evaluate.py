@@ -1,7 +1,7 @@
 """Evaluation: every stage on the same test users, one table, report.json, figures.
 
     python evaluate.py --config toy      # about 3 minutes on 2 CPU cores
-    python evaluate.py --config small    # Amazon Beauty, about 15 minutes on 2 CPU cores
+    python evaluate.py --config small    # Amazon Beauty, about 10 minutes on 2 CPU cores
 
 Reads the checkpoints under runs/<config>/seed*/, writes report.json, report.md and figures to runs/<config>/. The block-
 diffusion rows are decoded at one operating point (block size, commit rule, tau) for trace and answer alike; the curve
