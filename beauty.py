@@ -302,8 +302,6 @@ def beauty_world(cfg):
     if cfg.max_list > MAXC or cfg.n_candidates > K:
         raise UserError(f"on Beauty --max_list can be at most {MAXC} and --n_candidates at most {K}")
     sequences, items, source, n_skipped = read_beauty(cfg.data_dir)
-    if cfg.fake_users:
-        sequences = sequences[:cfg.fake_users]
     key = repr([CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.max_list, cfg.vary_lists,
                 cfg.n_train, cfg.n_val, cfg.n_test, hashlib.sha256(repr(items).encode() + b"".join(
                     s.tobytes() for s in sequences)).hexdigest()])

@@ -36,7 +36,6 @@ class Config:
     n_train: int = 40000         # training examples (toy: generated; beauty: at most, drawn from all prefixes)
     n_val: int = 500             # validation users (at most)
     n_test: int = 2000           # test users (at most)
-    fake_users: int = 0          # beauty: keep only this many users, for miniature runs (0 = all)
 
     # the model, shared by teacher and student
     n_layer: int = 4
