@@ -3,21 +3,17 @@ RUN = .venv/bin/python
 
 .PHONY: toy beauty test clean
 
-# the whole toy recipe: about 18 minutes on 2 CPU cores
-toy: .venv/ready
-	$(RUN) train_ar.py --config toy
-	$(RUN) train_cft.py --config toy
-	$(RUN) train_opd.py --config toy
-	$(RUN) train_rl.py --config toy
-	$(RUN) evaluate.py --config toy
-
-# the same on Amazon Beauty (data/beauty, see README): about an hour on 2 CPU cores
-beauty: .venv/ready
-	$(RUN) train_ar.py --config small
-	$(RUN) train_cft.py --config small
-	$(RUN) train_opd.py --config small
-	$(RUN) train_rl.py --config small
-	$(RUN) evaluate.py --config small
+# the whole recipe: `make` on the toy world, about 18 minutes on 2 CPU cores; `make beauty` on Amazon Beauty (data/beauty, see
+# README), about an hour
+.DEFAULT_GOAL := toy
+toy: CONFIG = toy
+beauty: CONFIG = small
+toy beauty: .venv/ready
+	$(RUN) train_ar.py --config $(CONFIG)
+	$(RUN) train_cft.py --config $(CONFIG)
+	$(RUN) train_opd.py --config $(CONFIG)
+	$(RUN) train_rl.py --config $(CONFIG)
+	$(RUN) evaluate.py --config $(CONFIG)
 
 test: .venv/ready
 	$(RUN) -m pytest -q tests

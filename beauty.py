@@ -161,7 +161,8 @@ def prepare(seqs, items, hybrid=False):
         cands, scores = prerank(T, cnt, flat, s, end, attr if hybrid else None)
         hit = cands == flat[s + end][:, None]
         keep = hit[:, :K].any(1) if only_hits else np.ones(len(user), bool)
-        user, cands, scores, hit, hist = user[keep], cands[keep], scores[keep], hit[keep], gather_history(flat, s, end)[keep]
+        user, cands, scores, hit = user[keep], cands[keep], scores[keep], hit[keep]
+        hist = gather_history(flat, s[keep], end[keep])
         return Lists(user, hist, cands, np.where(hit.any(1), hit.argmax(1), -1),
                      {**link_evidence(T, cnt, hist, cands, scores), **attribute_evidence(attr, hist, cands)})
 
@@ -192,7 +193,7 @@ def onehot(evidence, n=MAXC, rows=slice(None)):
                      -1).float()
 
 
-def fit_writer(train, seed=0, width=64, epochs=10, batch=256, lr=3e-3, decay=0.5, drop=0.2, log=None):
+def fit_writer(train, seed=0, width=64, epochs=10, batch=256, lr=3e-3, decay=0.5, drop=0.2):
     """Fits GROUPS * SEEDS pointwise MLPs side by side; member m never learns from users of group m % GROUPS.
     -> function (N, n, D) one-hot -> (members, N, n) scores"""
     gen = torch.Generator().manual_seed(seed)
@@ -219,7 +220,6 @@ def fit_writer(train, seed=0, width=64, epochs=10, batch=256, lr=3e-3, decay=0.5
     for step in range(steps):
         if step % (len(x) // batch) == 0:
             order = torch.randperm(len(x), generator=gen)
-            if log: log(step, score)
         i = order[step % (len(x) // batch) * batch:][:batch]
         keep = torch.rand(len(members), batch * K, width, generator=gen) > drop
         loss = F.cross_entropy(score(x[i], keep).flatten(0, 1), y[i].repeat(len(members)), reduction="none")

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import STAGES, UserError, folder, parse_args, settings_of, steps_of
-from data import load_world, parse_answers, tensors
+from config import UserError, folder, parse_args, settings_of, steps_of
+from data import parse_answers
 from model import GPT
 
 
@@ -97,9 +97,10 @@ def read_checkpoint(cfg, stage, world):
     return state
 
 
-def load_stage(cfg, stage, world):
-    """The finished model of a stage, in eval mode, and its checkpoint. UserError if the stage has not finished."""
-    state = read_checkpoint(cfg, stage, world)
+def load_stage(cfg, stage, world, state=None):
+    """The finished model of a stage, in eval mode, and its checkpoint (read from disk unless it is given). UserError if the
+    stage has not finished."""
+    state = state or read_checkpoint(cfg, stage, world)
     if state is None or not state["finished"]:
         raise UserError(f"no finished checkpoint {checkpoint_path(cfg, stage)}: first run "
                         f"`python train_{stage}.py --config {cfg.config}` with the same settings")

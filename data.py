@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from config import UserError
-from model import EOS, MASK, PAD
+from model import EOS, PAD
 
 SPECIAL = ["[PAD]", "[MASK]", "[EOS]", "<history>", "<last>", "<candidates>", "<profile>", "<answer>"]
 HISTORY, LAST, CANDIDATES, PROFILE, ANSWER, LABEL = 3, 4, 5, 6, 7, 8  # label of list position i is token LABEL + i
@@ -125,7 +125,7 @@ def parse_answers(tokens, k, width):
     listed = np.arange(width) < k[:, None]
     first = np.where(times > 0, hit.argmax(1), R + np.arange(width))  # missing labels sort behind, in pre-ranked order
     first = np.where(listed, first, 10 ** 6)
-    order = np.where(np.arange(width) < k[:, None], np.argsort(first, axis=1, kind="stable"), -1)
+    order = np.where(listed, np.argsort(first, axis=1, kind="stable"), -1)
     duplicated, dropped = (times > 1).any(1), ((times == 0) & listed).any(1)
     out_of_set = (inside & ~is_label).any(1)
     valid = ended.any(1) & ~duplicated & ~dropped & ~out_of_set
@@ -194,25 +194,25 @@ def toy_split(n, k, cfg, rng):
     favourite = rng.integers(V, size=(n, 1, A))
     taken = lambda m: np.where(rng.random((n, m, A)) < TOY_Q, favourite, rng.integers(V, size=(n, m, A)))
     history, items = taken(H), rng.integers(V, size=(n, K, A))
-    prior = np.where(np.arange(K) < k[:, None], np.exp(-TOY_PRIOR * np.arange(K)), 0)
+    listed = np.arange(K) < k[:, None]  # (n, K)
+    prior = np.where(listed, np.exp(-TOY_PRIOR * np.arange(K)), 0)
     target = (rng.random((n, 1)) * prior.sum(1, keepdims=True) > prior.cumsum(1)).sum(1)
     items[np.arange(n), target] = taken(1)[:, 0]
     counts = (history[..., None] == np.arange(V)).sum(1)  # (n, A, V)
     score = toy_oracle(counts, items, k)
-    order = np.where(np.arange(K) < k[:, None], np.argsort(-score, axis=1, kind="stable"), -1)
+    order = np.where(listed, np.argsort(-score, axis=1, kind="stable"), -1)
 
     attribute = words.index("x0") + np.arange(A) * V
     column = lambda token: np.full((n, 1), token, np.int16)
     labels = np.broadcast_to(LABEL + np.arange(K), (n, K))[..., None]
-    listed = (np.arange(K) < k[:, None])[..., None]
-    shown = np.where(listed, np.concatenate((labels, items + attribute), axis=2), PAD).reshape(n, -1)
+    shown = np.where(listed[..., None], np.concatenate((labels, items + attribute), axis=2), PAD).reshape(n, -1)
     prompt = pack(np.concatenate((column(HISTORY), (history + attribute).reshape(n, -1), column(CANDIDATES), shown), 1), left=True)
     # Profile: the most frequent value of each attribute (ties: the smallest). Evidence: each of the candidate's three
     # values with how often the history has it, up to 3: x2:3. (A bare count is learned several times more slowly: the
     # value in the token is what teaches the model to look the candidate up.)
     times = counts[np.arange(n)[:, None, None], np.arange(A), items].clip(max=TOY_MOST)
     seen = words.index("x0:0") + (np.arange(A) * V + items) * (TOY_MOST + 1) + times
-    evidence = np.where(listed, np.concatenate((labels, seen), axis=2), PAD).reshape(n, -1)
+    evidence = np.where(listed[..., None], np.concatenate((labels, seen), axis=2), PAD).reshape(n, -1)
     trace = pack(np.concatenate((column(PROFILE), counts.argmax(2) + attribute, evidence), 1), left=False)
     return Split(prompt.astype(np.int16), trace.astype(np.int16), order.astype(np.int8), target.astype(np.int8), k.astype(np.int8))
 

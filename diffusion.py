@@ -159,6 +159,12 @@ class Decoded:
     logp: torch.Tensor         # (N, R) log-probability of the token when it was committed, 0 outside the response
     forwards: torch.Tensor     # (N,) forwards in which the row took part; the one that reads the prompt is the first
 
+    @property
+    def clean(self):
+        """(N, R) the clean stream of a forward over this decode: [EOS] where nothing was committed. Those slots lie behind
+        the end, and no scored token sees them."""
+        return torch.where(self.filled == MASK, EOS, self.filled)
+
     def take(self, rows):
         return Decoded(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
@@ -293,7 +299,7 @@ def replay_logp(model, prompt, decoded, block_size, temperature=0.0, max_streams
     an updated policy the choice of positions is held fixed, here as everywhere else.
     """
     step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)  # (N, R)
-    clean = torch.where(decoded.filled == MASK, EOS, decoded.filled)  # behind the end; no scored token sees these slots
+    clean = decoded.clean
     logp = torch.zeros_like(decoded.logp)
     for s in range(0, int(step.max()) + 1, max_streams):
         rows = (step.amax(1) >= s).nonzero()[:, 0]  # most rows are done after the first pass

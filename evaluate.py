@@ -8,6 +8,7 @@ diffusion rows are decoded at one operating point (block size, commit rule, tau)
 around it serves the figures. Two scores a metric: *as served* (an invalid answer is repaired) and *strict* (it counts 0).
 """
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import checkpoint_path, device_of, load_stage, read_checkpoint, save_atomically, script
+from common import device_of, load_stage, read_checkpoint, save_atomically, script
 from config import STAGES, UserError, folder
 from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
 from diffusion import block_decode
@@ -39,12 +40,16 @@ def ranking_metrics(rank):
     return out | {"mrr": 1 / (rank + 1)}
 
 
-def paired_bootstrap(a, b, n_draws=2000):
+@functools.lru_cache(maxsize=2)  # every comparison of n users resamples the same users: drawing them costs the most
+def resampled(n, n_draws=2000):
+    """How often each of n users is drawn in each of n_draws bootstrap samples: (n_draws, n)."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_draws)
+
+
+def paired_bootstrap(a, b):
     """95 % interval of mean(a - b) over users, who are drawn with replacement: (N,), (N,) -> [low, mean, high]."""
     difference = a - b
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(len(difference), np.full(len(difference), 1 / len(difference)), size=n_draws)
-    low, high = np.quantile(counts @ difference / len(difference), [0.025, 0.975])
+    low, high = np.quantile(resampled(len(difference)) @ difference / len(difference), [0.025, 0.975])
     return [float(low), float(difference.mean()), float(high)]
 
 
@@ -142,8 +147,8 @@ def stage_decoder(cfg, world, model, stage, tau):
 def speed(cfg, world, teacher, student, batch, max_len=None):
     """Tokens/s of AR and block decoding in alternating runs on the same prompts, for about eval_speed_seconds.
 
-    Returns {"ar": tokens/s, "block": tokens/s, "ratio": block / ar, "latency": s a batch}; generated tokens only, wall
-    time of the whole decode, the prompt's forward included.
+    Returns {"ar": tokens/s, "block": tokens/s, "ratio": block / ar}; generated tokens only, wall time of the whole
+    decode, the prompt's forward included.
     """
     max_len, device = max_len or world.max_response, device_of(cfg)
     seconds, tokens, start, i = [0.0, 0.0], [0, 0], time.perf_counter(), 0
@@ -163,7 +168,7 @@ def speed(cfg, world, teacher, student, batch, max_len=None):
                 tokens[j] += n
         i += 1
     ar, block = (n / s for n, s in zip(tokens, seconds))
-    return {"ar": ar, "block": block, "ratio": block / ar, "latency": seconds[1] / (i - 1)}
+    return {"ar": ar, "block": block, "ratio": block / ar}
 
 
 # --- The report ------------------------------------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def evaluate_seed(cfg, world, seed):
     for stage in STAGES:
         state = read_checkpoint(cfg, stage, world)
         if stage == "ar" or state and state["finished"]:  # without a teacher there is nothing to compare with
-            models[stage], state = load_stage(cfg, stage, world)
+            models[stage], state = load_stage(cfg, stage, world, state)
             seconds[stage] = state["seconds"]
     models["naive"] = models["ar"]  # the teacher's weights under the student's sampler
     last = [s for s in STAGES if s in models][-1]
@@ -233,14 +238,14 @@ def evaluate_seed(cfg, world, seed):
         split = world.test.take(slice(0, users))
         tokens, forwards = decode_split(cfg, world, split, stage_decoder(cfg, world, models[stage], stage, tau),
                                         f"seed {seed} {stage} tau {tau}")
-        timing = None
+        timing = dict(NO_TIMING)
         if reported and stage in STAGES[1:]:
             one, many = (speed(cfg, world, models["ar"], models[stage], b) for b in (1, SPEED_BATCH))
             timing = {"tokens_per_s_b1": one["block"], "speedup_b1": one["ratio"], "tokens_per_s_batch": many["block"],
                       "speedup_batch": many["ratio"], "batch": SPEED_BATCH}
             out["ar", None, True][1].update({"tokens_per_s_b1": one["ar"], "speedup_b1": 1.0, "tokens_per_s_batch": many["ar"],
                                              "speedup_batch": 1.0, "batch": SPEED_BATCH})
-        out[stage, tau, reported] = [score(world, split, tokens, forwards), {**NO_TIMING, **(timing or {})}, seconds.get(stage)]
+        out[stage, tau, reported] = score(world, split, tokens, forwards), timing, seconds.get(stage)
 
     for stage in ("ar", "naive", "cft", "opd", "rl", "constrained"):
         if stage not in models:

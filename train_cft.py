@@ -48,7 +48,7 @@ def teacher_outputs(cfg, world, teacher):
 
 
 def cft_loss(cfg, world, model, outputs, gen):
-    """The loss of one batch drawn from the teacher's outputs; also the anchor of OPD."""
+    """The loss of one batch drawn from the teacher's outputs; also the anchor of OPD and RL."""
     rows = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen)
     prompt, _ = tensors(world.train, rows, gen.device)
     response = outputs[rows].to(gen.device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from common import Run, device_of, draw_batch, generator, half, load_stage, script, valid_rate
 from data import load_world, tensors
 from diffusion import NEVER, block_decode, decode_states, full_precision, stream_hidden
-from model import EOS, MASK, PAD, causal_hidden
+from model import MASK, PAD, causal_hidden
 from train_cft import cft_loss, teacher_outputs, validate
 
 
@@ -54,8 +54,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen):
     per_block = decoded.commit_step.masked_fill(decoded.commit_step == NEVER, -1).view(N, R // B, B).amax(-1) + 1
     state = (torch.rand(per_block.shape, generator=gen, device=gen.device) * per_block).long()  # (N, blocks)
     noised = decode_states(decoded, state.repeat_interleave(B, 1)[:, None])  # (N, 1, R)
-    clean = torch.where(decoded.filled == MASK, EOS, decoded.filled)
-    hidden = stream_hidden(student, prompt, clean, noised, B)[:, 0]  # (N, R, d)
+    hidden = stream_hidden(student, prompt, decoded.clean, noised, B)[:, 0]  # (N, R, d)
     first = torch.arange(R, device=gen.device) % B == 0
     scored = (decoded.tokens != PAD) & (first | (noised[:, 0] == MASK))
     with torch.no_grad():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from config import Config
-from data import (ANSWER, LABEL, PROFILE, TOY_HISTORY, TOY_MOST, TOY_PRIOR, TOY_Q, TOY_VALUES, faithfulness,
+from data import (ANSWER, LABEL, PROFILE, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, faithfulness,
                   list_lengths, pack, parse_answers, responses, toy_oracle, toy_split, toy_words, toy_world)
 from model import EOS, MASK, PAD
 
