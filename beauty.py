@@ -4,6 +4,7 @@ Everything is computed from counts of the training part of the sequences (all bu
 training examples come from the counts of *other* users (20 folds): counts that know the user would leak the target.
 """
 import hashlib
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from model import PAD
 
 K, MAXC, HIST = 10, 12, 8       # candidates evaluated, candidates kept for training lists, history items shown
 FOLDS, GROUPS, SEEDS = 20, 5, 3  # user folds of the counts; the writer's groups (unions of folds) and seeds a group
-FIELDS = dict(                  # evidence of a candidate: name -> number of values; each value becomes a token
+FIELDS = dict(                  # evidence of a candidate: name -> number of values; the trace states them
     pos=MAXC + 1,               # 1..12, place in the pre-ranked list (its label)
     pop=8,                      # log2 of its count
     link=8,                     # score relative to the list's best: 7 = within 2^-1/4, then half an octave a level
     via=HIST + 1,               # which history item adds most to the score: 1 = the most recent, 0 = none of the 8
-    last=6,                     # strength of its link with the most recent item: 0 = none, then octaves of T
+    co=8,                       # log2 of the users who have both it and the most recent item, whatever the order
     links=4,                    # how many of the 8 history items link to it: 0, 1, 2, 3+
     brand=8,                    # 0 unknown, 1 new; else 1, 2, 3+ history items of it: 2, 4, 6, +1 if the last one is
     depth=4,                    # levels of its category path shared with the most recent item, 3 = the full path
@@ -100,8 +101,9 @@ def gather_history(flat, start, end):
     return np.where(back >= 0, flat[start[:, None] + np.maximum(back, 0)], -1)
 
 
-def link_evidence(T, cnt, hist, cands, scores):
-    """Evidence that only the counts know. hist (N, 8), cands, scores (N, 12) -> dict of (N, 12) uint8."""
+def link_evidence(T, C, cnt, hist, cands, scores):
+    """Evidence that only the counts know: T link strengths, C link counts (I, I), hist (N, 8), cands, scores (N, 12)
+    -> dict of (N, 12) uint8."""
     octaves = lambda x: np.log2(np.maximum(x, 1e-9))
     weight = np.arange(1, HIST + 1) ** -1.5 * (cnt[hist] + 10.0) ** -0.3 * (hist >= 0)
     T8 = T.numpy()[hist[:, :, None], cands[:, None]] * (hist >= 0)[:, :, None]                     # (N, 8, 12)
@@ -111,7 +113,7 @@ def link_evidence(T, cnt, hist, cands, scores):
               # The list's best is its first: the level does not depend on how long a list is shown.
               link=np.round(2 * octaves(scores / scores[:, :1]) + 7).clip(0, 7),
               via=np.where(part.max(1) > 0, part.argmax(1) + 1, 0),
-              last=np.where(T8[:, 0] > 0, np.floor(octaves(T8[:, 0]) + 3).clip(1, 5), 0),
+              co=np.floor(np.log2(C.numpy()[hist[:, :1], cands] + 1)).clip(0, 7),
               links=(T8 > 0).sum(1).clip(0, 3))
     return {k: v.astype(np.uint8) for k, v in ev.items()}
 
@@ -150,8 +152,10 @@ def prepare(seqs, items, hybrid=False):
     flat, start = np.concatenate(seqs), np.cumsum(length) - length
     i, j, v, u = link_pairs([s[:-2] for s in seqs])
     cell, v = torch.from_numpy(i * len(items) + j), torch.from_numpy(v).float()
-    T = torch.zeros(len(items), len(items))
-    T.view(-1).index_add_(0, cell, v)
+    T, C = torch.zeros(2, len(items), len(items))
+    add = lambda rows, sign: (T.view(-1).index_add_(0, cell[rows], sign * v[rows]),
+                              C.view(-1).index_add_(0, cell[rows], torch.full((len(cell[rows]),), float(sign))))
+    add(slice(None), 1)
     seen = lambda users: np.bincount(np.concatenate([seqs[x][:-2] for x in users]), minlength=len(items))
     everyone = np.arange(len(seqs))
     cnt = seen(everyone)
@@ -164,7 +168,7 @@ def prepare(seqs, items, hybrid=False):
         user, cands, scores, hit = user[keep], cands[keep], scores[keep], hit[keep]
         hist = gather_history(flat, s[keep], end[keep])
         return Lists(user, hist, cands, np.where(hit.any(1), hit.argmax(1), -1),
-                     {**link_evidence(T, cnt, hist, cands, scores), **attribute_evidence(attr, hist, cands)})
+                     {**link_evidence(T, C, cnt, hist, cands, scores), **attribute_evidence(attr, hist, cands)})
 
     val, test = lists(cnt, everyone, length - 2, True), lists(cnt, everyone, length - 1, True)
     parts = []
@@ -173,9 +177,9 @@ def prepare(seqs, items, hybrid=False):
         n = length[users] - 3                                  # prefixes of 1 .. n items
         user = np.repeat(users, n)
         end = np.arange(len(user)) - np.repeat(np.cumsum(n) - n, n) + 1
-        T.view(-1).index_add_(0, cell[gone], -v[gone])
+        add(gone, -1)
         parts.append(lists(cnt - seen(users), user, end, False))
-        T.view(-1).index_add_(0, cell[gone], v[gone])
+        add(gone, 1)
     cat = lambda get: np.concatenate([get(p) for p in parts])
     train = Lists(cat(lambda p: p.user), cat(lambda p: p.hist), cat(lambda p: p.cands), cat(lambda p: p.target),
                   {name: cat(lambda p: p.evidence[name]) for name in val.evidence})
@@ -193,7 +197,7 @@ def onehot(evidence, n=MAXC, rows=slice(None)):
                      -1).float()
 
 
-def fit_writer(train, seed=0, width=64, epochs=10, batch=256, lr=3e-3, decay=0.5, drop=0.2):
+def fit_writer(train, seed=0, width=32, epochs=10, batch=256, lr=3e-3, decay=0.5):
     """Fits GROUPS * SEEDS pointwise MLPs side by side; member m never learns from users of group m % GROUPS.
     -> function (N, n, D) one-hot -> (members, N, n) scores"""
     gen = torch.Generator().manual_seed(seed)
@@ -209,9 +213,8 @@ def fit_writer(train, seed=0, width=64, epochs=10, batch=256, lr=3e-3, decay=0.5
     W = [(std * torch.randn(len(members), i, o, generator=gen)).requires_grad_() for i, o, std in sizes]
     b = [torch.zeros(len(members), 1, o, requires_grad=True) for _, o, _ in sizes]
 
-    def score(x, keep=None):
+    def score(x):
         h = F.gelu(x.flatten(0, 1) @ W[0] + b[0])                          # (members, N * n, width)
-        h = h if keep is None else h * keep / (1 - drop)
         return (F.gelu(h @ W[1] + b[1]) @ W[2]).view(len(members), *x.shape[:2])
 
     opt = torch.optim.AdamW(W + b[:2], lr, weight_decay=decay)
@@ -221,8 +224,7 @@ def fit_writer(train, seed=0, width=64, epochs=10, batch=256, lr=3e-3, decay=0.5
         if step % (len(x) // batch) == 0:
             order = torch.randperm(len(x), generator=gen)
         i = order[step % (len(x) // batch) * batch:][:batch]
-        keep = torch.rand(len(members), batch * K, width, generator=gen) > drop
-        loss = F.cross_entropy(score(x[i], keep).flatten(0, 1), y[i].repeat(len(members)), reduction="none")
+        loss = F.cross_entropy(score(x[i]).flatten(0, 1), y[i].repeat(len(members)), reduction="none")
         loss = (loss * weight[:, i].flatten()).view(len(members), -1).sum(1) / weight[:, i].sum(1)
         opt.zero_grad(); loss.sum().backward(); opt.step(); schedule.step()
     return torch.no_grad()(score)
@@ -241,52 +243,70 @@ def write_scores(train, *others, **kw):
 
 
 # --- From lists to tokens --------------------------------------------------------------------------------------------------
-# A candidate takes eight tokens in the prompt and eight in the trace, and they answer to each other one by one:
-#   prompt   L3   brand        level-2 category   full category path   bond   link   via   pop
-#   trace    L3   brand:match  depth              leaf                 bond   link   via   pop
-# Three pieces of evidence must be worked out from the history that the prompt shows, four are copied from the prompt.
+# A candidate takes six tokens in the prompt and six in the trace, and they answer to each other one by one:
+#   prompt   L3   b2           Makeup > Nails  p5    link,via   co,links,pop
+#   trace    L3   brand:match  depth           leaf  link,via   co,links,pop
+# Three tokens must be worked out from the history that the prompt shows, two are copied from the prompt. With ten
+# candidates a trace takes 64 tokens, <answer> included: at block sizes 4 to 64 the answer starts a block of its own.
+# Brands (b) and full category paths (p) are numbered by first appearance in the prompt: evidence asks only whether they are
+# equal, and 20 numbers are learned several times faster than 436 brands and 227 paths.
 
-CACHE = "1"  # to be raised when the meaning of the cached arrays changes
-LEVELS = {"depth": 4, "leaf": 4, "bond": 24, "link": 8, "via": HIST + 1, "pop": 8}  # bond = 4 last + links
+CACHE = "3"  # to be raised when the meaning of the cached arrays changes
+STATED = {"depth": ("depth",), "leaf": ("leaf",), "link": ("link", "via"), "co": ("co", "links", "pop")}  # token: fields
 BRAND_MATCH = ["brand:unknown", "brand:0", "brand:1", "brand:1,last", "brand:2", "brand:2,last", "brand:3+", "brand:3+,last"]
 
 
 def beauty_words(items, n_labels):
-    """Token id -> word: template, labels, evidence values, then every brand and every category path of length >= 2."""
-    evidence = BRAND_MATCH + [f"{name}:{v}" for name, n in LEVELS.items() for v in range(n)]
-    brands = sorted({b for b, _ in items} - {""})
-    paths = sorted({" > ".join(p[:2]) for _, p in items} | {" > ".join(p) for _, p in items})
-    return SPECIAL + [f"L{i + 1}" for i in range(n_labels)] + evidence + ["brand?"] + [f"@{b}" for b in brands] + paths
+    """Token id -> word: template, labels, evidence values, brand and path numbers, categories of level 2."""
+    values = lambda fields: itertools.product(*(map(str, range(FIELDS[f])) for f in fields))
+    evidence = BRAND_MATCH + [f"{name}:{','.join(v)}" for name, fields in STATED.items() for v in values(fields)]
+    numbers = [f"{x}{i + 1}" for x in "bp" for i in range(HIST + MAXC)]
+    return (SPECIAL + [f"L{i + 1}" for i in range(n_labels)] + evidence + ["b?"] + numbers +
+            sorted({" > ".join(p[:2]) for _, p in items}))
+
+
+def first_seen(ids):
+    """Ids (N, n), -1 = none, numbered by first appearance in their row: 0, 1, ...; -1 stays."""
+    n = ids.shape[1]
+    same = ids[:, :, None] == ids[:, None]  # (N, n, n)
+    first = same.argmax(2)  # where the id is seen first
+    new = (first == np.arange(n)) & (ids >= 0)
+    return np.where(ids >= 0, np.take_along_axis(new.cumsum(1) - 1, first, 1), -1)
 
 
 def tokenize(lists, items, words, k, width):
     """Lists, cut to the lengths k (N,) -> Split with `width` columns a list."""
     N, K = len(k), width
     id_of = {w: i for i, w in enumerate(words)}
-    brand = np.array([id_of[f"@{b}"] if b else id_of["brand?"] for b, _ in items] + [PAD], np.int16)  # [-1]: no item
+    attr = np.concatenate((attributes(items), [[-1] * 4]))  # [-1]: no item
     level2 = np.array([id_of[" > ".join(p[:2])] for _, p in items] + [PAD], np.int16)
-    path = np.array([id_of[" > ".join(p)] for _, p in items] + [PAD], np.int16)
-    shown = lambda item: np.stack((brand[item], level2[item], path[item]), -1)  # (..., 3)
+    listed = np.arange(K) < k[:, None]
+    item = np.concatenate((lists.hist[:, ::-1], np.where(listed, lists.cands[:, :K], -1)), 1)  # in the prompt's order, oldest first
+    brand, path = attr[item, 0], attr[item, 3]
+    brand = np.where(brand == 0, id_of["b?"], id_of["b1"] + first_seen(np.where(brand > 0, brand, -1)))
+    shown = np.stack((brand, level2[item], id_of["p1"] + first_seen(path)), -1)  # (N, 8 + K, 3)
+    shown = np.where(item[..., None] >= 0, shown, PAD)
     column = lambda token: np.full((N, 1), token, np.int16)
-    listed = (np.arange(K) < k[:, None])[..., None]
     label = np.broadcast_to(LABEL + np.arange(K), (N, K))
     evidence = {name: v[:, :K].astype(np.int64) for name, v in lists.evidence.items()}
-    evidence["bond"] = 4 * evidence["last"] + evidence["links"]
-    said = {name: evidence[name] + id_of[f"{name}:0"] for name in LEVELS}
-    copied = [said[name] for name in ("bond", "link", "via", "pop")]
-    candidates = np.where(listed, np.concatenate((label[..., None], shown(lists.cands[:, :K]), np.stack(copied, -1)), -1), PAD)
-    past = shown(lists.hist[:, :0:-1]).reshape(N, -1)  # oldest first; the most recent item has a marker of its own
-    prompt = np.concatenate((column(HISTORY), past, column(LAST), shown(lists.hist[:, 0]), column(CANDIDATES),
-                             candidates.reshape(N, -1)), 1)
+    said = {}
+    for name, fields in STATED.items():  # the number of a tuple of values, in the order of beauty_words
+        value = np.ravel_multi_index([evidence[f] for f in fields], [FIELDS[f] for f in fields])
+        said[name] = id_of[f"{name}:{','.join('0' * len(fields))}"] + value
+    copied = np.stack((said["link"], said["co"]), -1)
+    candidates = np.concatenate((label[..., None], shown[:, HIST:], copied), -1)
+    prompt = np.concatenate((column(HISTORY), shown[:, :HIST - 1].reshape(N, -1), column(LAST), shown[:, HIST - 1],
+                             column(CANDIDATES), np.where(listed[..., None], candidates, PAD).reshape(N, -1)), 1)
     match = evidence["brand"] + id_of[BRAND_MATCH[0]]
-    stated = np.where(listed, np.stack((label, match, said["depth"], said["leaf"], *copied), -1), PAD)
-    profile = np.stack((column(PROFILE)[:, 0], most_frequent(brand[lists.hist]), most_frequent(level2[lists.hist])), 1)
-    trace = np.concatenate((profile, stated.reshape(N, -1)), 1)
-    score = np.where(listed[..., 0], lists.score[:, :K], -np.inf)
-    order = np.where(listed[..., 0], np.argsort(-score, axis=1, kind="stable"), -1)
+    stated = np.concatenate((np.stack((label, match, said["depth"], said["leaf"]), -1), copied), -1)
+    recent = shown[:, HIST - 1::-1]  # most recent first
+    profile = np.stack((column(PROFILE)[:, 0], most_frequent(recent[..., 0]), most_frequent(recent[..., 1])), 1)
+    trace = np.concatenate((profile, np.where(listed[..., None], stated, PAD).reshape(N, -1)), 1)
+    score = np.where(listed, lists.score[:, :K], -np.inf)
+    order = np.where(listed, np.argsort(-score, axis=1, kind="stable"), -1)
     target = np.where(lists.target < k, lists.target, -1)
     return Split(pack(prompt, left=True).astype(np.int16), pack(trace, left=False).astype(np.int16),
-                 order.astype(np.int8), target.astype(np.int8), k.astype(np.int8))
+                 order.astype(np.int8), target.astype(np.int8), np.where(listed, np.arange(K), -1).astype(np.int8))
 
 
 def most_frequent(tokens):

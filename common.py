@@ -1,4 +1,6 @@
 """What all stages repeat, written once: set-up, checkpoints, learning-rate schedule, log, progress bar."""
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -47,6 +49,9 @@ def half(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.bfloat16 and native)
 
 
+SHAPE = ("n_layer", "n_head", "d_model")  # what weights must have in common to be exchanged
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------------------------------
 
 def save_atomically(path, write):
@@ -63,6 +68,22 @@ def save_atomically(path, write):
             os.remove(temporary)
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Holds a folder, made if need be, against a second run; the lock dies with its process, however that ends."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "lock"), "w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --run_dir")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing to {folder}: let it finish, or choose another --run_dir")
+        yield
+
+
 def load_tensors(path):
     """torch.load that can only yield tensors and plain values, never run code. UserError if the file is damaged."""
     try:
@@ -73,6 +94,8 @@ def load_tensors(path):
 
 
 def checkpoint_path(cfg, stage):
+    if stage == "ar" and cfg.teacher:
+        return cfg.teacher
     return folder(cfg, f"seed{cfg.seed}", stage, "checkpoint.pt")
 
 
@@ -82,19 +105,40 @@ def read_checkpoint(cfg, stage, world):
     if not os.path.exists(path):
         return None
     state = load_tensors(path)
-    keys = {"stage", "settings", "words", "model", "optimizer", "step", "finished", "seconds"}
-    if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["settings"], dict):
-        raise UserError(f"{path} is no checkpoint of this project: delete it and run "
-                        f"`python train_{stage}.py --config {cfg.config}` again")
-    settings, words, found, wanted = state["settings"], state["words"], state["stage"], settings_of(cfg, stage)
-    differ = [f"{k}={settings.get(k)} there, {wanted.get(k)} now" for k in sorted({*settings, *wanted})
-              if settings.get(k) != wanted.get(k)]
-    if found != stage or words != world.words:
+    check_checkpoint(path, state)
+    wanted = settings_of(cfg, stage)
+    if stage == "ar" and cfg.teacher:  # it may come from a run with other settings, as long as it fits
+        wanted = {k: wanted[k] for k in SHAPE}
+    differ = [f"{k}={state['settings'].get(k)} there, {v} now" for k, v in sorted(wanted.items())
+              if state["settings"].get(k) != v]
+    if state["stage"] != stage or state["words"] != world.words:
         differ.append("another stage or vocabulary")
     if differ:
         raise UserError(f"{path} was made with other settings ({'; '.join(differ[:4])}): use the same, or another "
                         f"--run_dir, or delete it")
     return state
+
+
+def check_checkpoint(path, state):
+    keys = {"stage", "settings", "words", "model", "optimizer", "step", "finished", "seconds"}
+    if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["settings"], dict):
+        raise UserError(f"{path} is no checkpoint of this project: delete it and run the script of its stage again")
+
+
+def start_from(cfg, world, stage):
+    """The model that a stage starts from: the weights of --init, or those of the finished stage before it, or, for the
+    first stage (None), random ones."""
+    if not cfg.init:
+        return load_stage(cfg, stage, world)[0] if stage else new_model(cfg, world)
+    if not os.path.exists(cfg.init):
+        raise UserError(f"--init {cfg.init}: there is no such checkpoint")
+    state = load_tensors(cfg.init)
+    check_checkpoint(cfg.init, state)
+    if state["words"] != world.words or any(state["settings"].get(k) != getattr(cfg, k) for k in SHAPE):
+        raise UserError(f"--init {cfg.init} is of another vocabulary or model shape: use the settings it was made with")
+    model = new_model(cfg, world)
+    model.load_state_dict(state["model"])
+    return model.eval()
 
 
 def load_stage(cfg, stage, world, state=None):
@@ -103,7 +147,8 @@ def load_stage(cfg, stage, world, state=None):
     state = state or read_checkpoint(cfg, stage, world)
     if state is None or not state["finished"]:
         raise UserError(f"no finished checkpoint {checkpoint_path(cfg, stage)}: first run "
-                        f"`python train_{stage}.py --config {cfg.config}` with the same settings")
+                        f"`python train_{stage}.py --config {cfg.config}` with the same settings" +
+                        (", or name another with --teacher" if stage == "ar" else ""))
     model = new_model(cfg, world)
     model.load_state_dict(state["model"])
     return model.eval(), state
@@ -140,9 +185,8 @@ class Run:
         if self.finished:
             print(f"{self.stage}: finished already ({checkpoint_path(self.cfg, self.stage)}); delete it to train again")
             return
-        self._cut_log()
         started, before = time.perf_counter(), self.seconds
-        with open(self.log_path, "a") as self.log_file, \
+        with locked(os.path.dirname(self.log_path)), self._cut_log() as self.log_file, \
                 tqdm(range(self.first, self.n_steps), initial=self.first, total=self.n_steps, desc=self.stage) as self.bar:
             for self.step in self.bar:
                 yield self.step
@@ -154,10 +198,10 @@ class Run:
 
     def update(self, loss):
         """One optimiser step on a scalar loss; returns the gradient norm before clipping."""
-        scale = min(1.0, (self.step + 1) / self.cfg.warmup)
+        scale = min(1.0, (self.step + 1) / min(self.cfg.warmup, 1 + self.n_steps // 10))  # a short stage warms up in a tenth of it
         progress = self.step / max(1, self.n_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * scale * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = self.lr * scale * 0.5 * (1 + math.cos(math.pi * progress))
         if not torch.isfinite(loss):
             raise UserError(f"{self.stage}: the loss is {loss.item()} at step {self.step}: try a lower --{self.stage}_lr; the "
                             f"last checkpoint is {checkpoint_path(self.cfg, self.stage)}")
@@ -183,13 +227,13 @@ class Run:
         save_atomically(checkpoint_path(self.cfg, self.stage), lambda path: torch.save(state, path))
 
     def _cut_log(self):
-        """Forget log lines of steps that will be done again (a killed run logs more than it saved)."""
-        os.makedirs(os.path.dirname(self.log_path), exist_ok=True)
+        """The log, open for more, without the lines of steps that will be done again (a killed run logs more than it saved)."""
         lines = []
         if os.path.exists(self.log_path) and self.first:
             with open(self.log_path) as f:
                 lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < self.first]
         save_atomically(self.log_path, lambda path: open(path, "w").writelines(lines))
+        return open(self.log_path, "a")
 
 
 def draw_batch(k, size, gen):
@@ -204,4 +248,4 @@ def draw_batch(k, size, gen):
 
 def valid_rate(tokens, split, rows):
     """Share of valid answers among responses (n, R) to the rows of a split."""
-    return float(parse_answers(tokens.cpu().numpy(), split.k[rows], split.order.shape[1]).valid.mean())
+    return float(parse_answers(tokens.cpu().numpy(), split.incoming[rows]).valid.mean())

@@ -20,6 +20,8 @@ class UserError(Exception):
 class Config:
     config: str = "toy"          # preset: toy (synthetic), small (Amazon Beauty, laptop), full (Amazon Beauty, GPU)
     seed: int = 0                # every random draw of a step comes from (seed, stage, step)
+    teacher: str = ""            # checkpoint of the AR teacher, where it is not the one of this run_dir and seed
+    init: str = ""               # checkpoint whose weights a stage starts from, where it is not the stage before
     run_dir: str = "runs"        # checkpoints go to <run_dir>/<config>/seed<seed>/<stage>/, the report to <run_dir>/<config>/
     threads: int = 2             # CPU threads; bit-equal reruns need the same number
     device: str = "auto"         # auto (GPU if there is one), cpu, cuda
@@ -32,14 +34,16 @@ class Config:
     n_labels: int = 16           # label tokens; more than K, so that an answer can be out of set
     min_list: int = 6            # shortest training list
     max_list: int = 10           # longest training list
+    random_labels: bool = False  # toy: labels dealt out at random; else the label is the position in the incoming list
     vary_lists: float = 0.2      # share of training lists whose length is not K
+    trace: bool = True           # false: the answer alone, without reasoning (a baseline)
     n_train: int = 40000         # training examples (toy: generated; beauty: at most, drawn from all prefixes)
     n_val: int = 500             # validation users (at most)
     n_test: int = 2000           # test users (at most)
 
     # the model, shared by teacher and student
     n_layer: int = 4
-    n_head: int = 4
+    n_head: int = 2              # few and wide: equal items are found by the dot products of 48 or 64 dimensions, not 24
     d_model: int = 96
 
     # optimisation, shared by the stages
@@ -47,7 +51,7 @@ class Config:
     weight_decay: float = 0.05
     grad_clip: float = 1.0
     bfloat16: bool = True        # training forwards in bfloat16 autocast where the hardware has it, else in float32
-    warmup: int = 50             # steps of linear warm-up; then cosine decay to a tenth
+    warmup: int = 50             # steps of linear warm-up; then cosine decay to zero
     answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
     save_every: int = 100        # steps between checkpoints
@@ -59,7 +63,7 @@ class Config:
 
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
-    commit: str = "threshold"    # threshold: confidence > tau | factor: (n+1)(1 - c_n) < tau
+    commit: str = "threshold"    # threshold: confidence > tau | factor: (n+1)(1 - c_n) < tau | steps: tau a block
     tau: float = 0.98            # (roll-outs have thresholds of their own: tau can be turned after training)
 
     # CFT: conversion fine-tuning
@@ -67,21 +71,29 @@ class Config:
     cft_lr: float = 1e-3
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
+    cft_answer_states: int = 2   # extra noise draws of the answer's blocks in every step: the answer is the hard part
     cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
     cft_prompts: int = 10000     # training prompts that the teacher answers, once, before CFT
 
     # OPD: on-policy distillation
-    opd_steps: int = 60
-    opd_lr: float = 2e-4
+    opd_steps: int = 100
+    opd_lr: float = 6e-4
     opd_divergence: str = "jsd"  # forward KL(T||S) | reverse KL(S||T) | jsd
     opd_beta: float = 0.5        # jsd: weight of the teacher in the mixture
     opd_anchor: float = 1.0      # weight of the CFT loss in the mix
-    opd_weight: float = 0.5      # weight of the divergence
+    opd_weight: float = 1.0      # weight of the divergence
     opd_tau: float = 0.7         # threshold of the roll-outs; lower than the operating point, where mistakes are
+    opd_source: str = "student"  # whose text: the student's own decode | teacher (off-policy: its outputs, random masks)
+    opd_states: str = "masked"   # tokens scored in a state: all masked there | committed there | next (leftmost masked)
+    opd_answer_states: int = 4   # extra states of the answer's blocks
+    opd_rollout_temperature: float = 1.0  # of the student's draws: greedy text is too good to teach how to get out of mistakes
+    opd_temperature: float = 1.0  # of the teacher's target; above 1 it is softer
+    opd_exclude: bool = True     # labels that a state shows are taken out of the target: the teacher cannot see to its right
+    opd_cut: bool = False        # nothing counts behind the first wrong label: there the teacher is out of its depth
 
     # RL: GRPO / DAPO
     rl_steps: int = 30           # roll-outs
-    rl_lr: float = 5e-5
+    rl_lr: float = 2e-4
     rl_anchor: float = 1.0       # weight of the CFT loss in the mix
     rl_prompts: int = 8          # prompts a roll-out
     rl_group: int = 8            # samples a prompt
@@ -100,6 +112,8 @@ class Config:
     eval_curve_users: int = 400  # users on the curve (the operating point has all)
     eval_speed_seconds: float = 4.0  # time spent on each throughput measurement
     seeds: str = "all"           # evaluate: seeds in the report, comma-separated, or all that finished
+    ablate: str = "cft"          # ablations: whose choices, cft or opd
+    beside: str = ""             # evaluate: rows of other reports beside ours: name=folder:stage, comma-separated
 
 
 PRESETS = {
@@ -107,7 +121,8 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=2500, ar_lr=2e-3, cft_steps=1800, cft_lr=1e-3, cft_prompts=12000, opd_steps=60, rl_steps=30, rl_prompts=4, eval_curve_users=300, tau=0.95),
+        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=200, rl_steps=60,
+        rl_prompts=8, eval_curve_users=300, tau=0.95),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, warmup=200,
@@ -115,8 +130,8 @@ PRESETS = {
         rl_prompts=64, eval_batch=1024),
 }
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the checkpoint of the one before
-RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "save_every", "valid_every", "n_val", "n_test", "tau",
-           "commit"}  # these change no weight
+RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "beside", "ablate", "save_every", "valid_every", "n_val", "n_test", "tau",
+           "commit", "teacher", "init"}  # these change no weight
 
 
 def parse_args(doc, argv=None):
@@ -160,8 +175,9 @@ def _convert(name, kind, value):
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is written; returns cfg."""
-    choices = dict(world=("toy", "beauty"), commit=("threshold", "factor"), device=("auto", "cpu", "cuda"),
-                   eval_split=("test", "val"), cft_noise=("complementary", "uniform", "clipped"), opd_divergence=("forward", "reverse", "jsd"))
+    choices = dict(world=("toy", "beauty"), commit=("threshold", "factor", "steps"), device=("auto", "cpu", "cuda"),
+                   eval_split=("test", "val"), cft_noise=("complementary", "uniform", "clipped"), opd_divergence=("forward", "reverse", "jsd"),
+                   opd_source=("student", "teacher"), opd_states=("masked", "committed", "next"), ablate=("cft", "opd"))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise UserError(f"--{name} must be one of {', '.join(allowed)}, not '{getattr(cfg, name)}'")

@@ -32,7 +32,7 @@ from config import UserError
 from model import EOS, PAD
 
 SPECIAL = ["[PAD]", "[MASK]", "[EOS]", "<history>", "<last>", "<candidates>", "<profile>", "<answer>"]
-HISTORY, LAST, CANDIDATES, PROFILE, ANSWER, LABEL = 3, 4, 5, 6, 7, 8  # label of list position i is token LABEL + i
+HISTORY, LAST, CANDIDATES, PROFILE, ANSWER, LABEL = 3, 4, 5, 6, 7, 8  # label i is token LABEL + i
 
 
 @dataclass
@@ -40,12 +40,17 @@ class Split:
     """Examples as arrays, one row each: everything a stage or the evaluation may look at."""
     prompt: np.ndarray  # (N, P) int16, left-padded
     trace: np.ndarray   # (N, T) int16, right-padded: the trace as the rule writes it from the prompt
-    order: np.ndarray   # (N, max_list) int8, list positions best first by oracle or trace writer, -1 behind the list's end
-    target: np.ndarray  # (N,) int8, list position of the true next item, -1 if it is not in the list
-    k: np.ndarray       # (N,) int8, length of the list
+    order: np.ndarray   # (N, max_list) int8, labels best first by oracle or trace writer, -1 behind the list's end
+    target: np.ndarray  # (N,) int8, label of the true next item, -1 if it is not in the list
+    incoming: np.ndarray  # (N, max_list) int8, labels of the candidates in pre-ranked order (0, 1, ... unless labels are random)
 
     def __len__(self):
         return len(self.prompt)
+
+    @property
+    def k(self):
+        """(N,) lengths of the lists."""
+        return (self.incoming >= 0).sum(1)
 
     def take(self, rows):
         return Split(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
@@ -105,31 +110,32 @@ class Answers:
     trace_tokens: np.ndarray  # (N,) tokens before <answer>
 
 
-def parse_answers(tokens, k, width):
-    """Read the answers of responses (N, R), right-padded, for lists of length k (N,); width = K of the returned orders.
+def parse_answers(tokens, incoming):
+    """Read the answers of responses (N, R), right-padded, to lists with the labels incoming (N, K), -1 behind their end.
 
     Repair, as a server would: first occurrences are kept, missing labels follow in pre-ranked order.
     """
-    tokens, k = np.asarray(tokens), np.asarray(k).astype(np.int64)
-    N, R = tokens.shape
+    tokens, width = np.asarray(tokens), incoming.shape[1]
+    R, k = tokens.shape[1], (incoming >= 0).sum(1)
+    place = np.argsort(np.where(incoming >= 0, incoming, np.arange(width)), axis=1)  # (N, K) of each label in the incoming order
     at = np.arange(R)
     started = np.cumsum(tokens == ANSWER, axis=1) > 0
     start = np.where(started.any(1), started.argmax(1), (tokens != PAD).sum(1))
     ended = tokens == EOS
     end = np.where(ended.any(1), ended.argmax(1), (tokens != PAD).sum(1))
     inside = (at > start[:, None]) & (at < end[:, None])
-    position = tokens - LABEL  # list position that a label names
+    position = tokens - LABEL
     is_label = inside & (position >= 0) & (position < k[:, None])
     hit = is_label[:, :, None] & (position[:, :, None] == np.arange(width))  # (N, R, K)
     times = hit.sum(1)  # (N, K)
     listed = np.arange(width) < k[:, None]
-    first = np.where(times > 0, hit.argmax(1), R + np.arange(width))  # missing labels sort behind, in pre-ranked order
+    first = np.where(times > 0, hit.argmax(1), R + place)  # missing labels sort behind, in pre-ranked order
     first = np.where(listed, first, 10 ** 6)
     order = np.where(listed, np.argsort(first, axis=1, kind="stable"), -1)
     duplicated, dropped = (times > 1).any(1), ((times == 0) & listed).any(1)
     out_of_set = (inside & ~is_label).any(1)
     valid = ended.any(1) & ~duplicated & ~dropped & ~out_of_set
-    identity = (np.where(listed, order, 0) == np.where(listed, np.arange(width), 0)).all(1)
+    identity = (order == incoming).all(1)
     return Answers(order, valid, duplicated, dropped, out_of_set, identity, np.minimum(start, end))
 
 
@@ -155,7 +161,7 @@ def faithfulness(tokens, trace, n_labels):
     score = np.zeros(len(tokens))
     for n, (row, reference) in enumerate(zip(tokens, trace)):
         made, required = statements(row, n_labels), set(statements(reference, n_labels))
-        score[n] = len(required.intersection(made)) / max(len(required), len(made))
+        score[n] = len(required.intersection(made)) / max(len(required), len(made), 1)
     return score
 
 
@@ -204,7 +210,11 @@ def toy_split(n, k, cfg, rng):
 
     attribute = words.index("x0") + np.arange(A) * V
     column = lambda token: np.full((n, 1), token, np.int16)
-    labels = np.broadcast_to(LABEL + np.arange(K), (n, K))[..., None]
+    incoming = np.where(listed, np.arange(K), -1)
+    if cfg.random_labels:  # of the list's own k labels
+        incoming = np.where(listed, np.argsort(np.where(listed, rng.random((n, K)), 2), axis=1), -1)
+        order, target = np.where(listed, np.take_along_axis(incoming, order, 1), -1), incoming[np.arange(n), target]
+    labels = LABEL + incoming[..., None]
     shown = np.where(listed[..., None], np.concatenate((labels, items + attribute), axis=2), PAD).reshape(n, -1)
     prompt = pack(np.concatenate((column(HISTORY), (history + attribute).reshape(n, -1), column(CANDIDATES), shown), 1), left=True)
     # Profile: the most frequent value of each attribute (ties: the smallest). Evidence: each of the candidate's three
@@ -214,7 +224,7 @@ def toy_split(n, k, cfg, rng):
     seen = words.index("x0:0") + (np.arange(A) * V + items) * (TOY_MOST + 1) + times
     evidence = np.where(listed[..., None], np.concatenate((labels, seen), axis=2), PAD).reshape(n, -1)
     trace = pack(np.concatenate((column(PROFILE), counts.argmax(2) + attribute, evidence), 1), left=False)
-    return Split(prompt.astype(np.int16), trace.astype(np.int16), order.astype(np.int8), target.astype(np.int8), k.astype(np.int8))
+    return Split(prompt.astype(np.int16), trace.astype(np.int16), order.astype(np.int8), target.astype(np.int8), incoming.astype(np.int8))
 
 
 def list_lengths(n, cfg, rng):
@@ -440,9 +450,14 @@ def download_raw(raw_dir, timeout=30):
 def load_world(cfg):
     """The world that the settings name."""
     if cfg.world == "toy":
-        return toy_world(cfg)
-    from beauty import beauty_world  # it imports this file
-    return beauty_world(cfg)
+        world = toy_world(cfg)
+    else:
+        from beauty import beauty_world  # it imports this file
+        world = beauty_world(cfg)
+    if not cfg.trace:
+        for split in (world.train, world.val, world.test):
+            split.trace = split.trace[:, :0]
+    return world
 
 
 def main():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from model import EOS, MASK, PAD, KVCache, pad_left, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
+SPLIT = 8  # batches from which rows that open a block and rows inside one take forwards of their own, not one as wide as needed
 
 
 def full_precision(logits):
@@ -22,52 +23,55 @@ def full_precision(logits):
     return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
-# --- Training: one forward over [prompt ; clean x_0 ; noised x_t^1 ; ... ; noised x_t^S] -------------------------------
+# --- Training: one forward over [prompt ; clean x_0 ; noised copies of blocks of x_0] ------------------------------------
 
-def stream_mask(prompt_len, response_len, block_size, n_streams, device=None):
-    """Who may attend to whom: bool (T, T), True = query row may see key column, T = P + (1 + S) R.
+def segment_mask(prompt_len, response_len, block_size, block):
+    """Which keys of the prompt and the clean response a query may see: bool (N, T, P + R), T = P + R + M B.
 
-    BD3-LM (arXiv 2503.09573, sec. 3.2 and app. B.6), with several noised streams that share one prompt and one clean
-    stream. blk() is the prompt position (negative: every prompt token is its own block, so the prompt is causal) or
-    r // B in the response. A query sees a key iff
-        M_BD : same stream and same block                            (a block sees itself in both directions)
+    BD3-LM (arXiv 2503.09573, sec. 3.2 and app. B.6), whose noised half x_t is one copy of every block. Here it is M
+    segments, each a noised copy of the block that `block` (N, M) names: the same block may be there in several states,
+    and all of them share one prompt and one clean stream. blk() is the prompt position (negative: every prompt token is
+    its own block, so the prompt is causal), r // B in the clean response, block[n, m] in segment m. A query sees a key iff
+        M_BD : same segment (or both clean) and same block           (a block sees itself in both directions)
         M_OBC: query noised, key clean, blk(query) > blk(key)        (a noised block sees finished blocks, clean)
         M_BC : both clean, blk(query) >= blk(key)                    (the clean stream is block-causal)
-    The clean stream never sees a noised one, and noised streams never see each other.
+    The clean stream never sees a segment, and segments never see each other; that a segment sees itself needs no mask
+    (model.attend_segments).
     """
-    P, R = prompt_len, response_len
-    r = torch.arange(R, device=device)
-    blk = torch.cat([torch.arange(-P, 0, device=device)] + [r // block_size] * (1 + n_streams))  # (T,)
-    stream = torch.cat([torch.zeros(P + R, dtype=torch.long, device=device)] +
-                       [torch.full_like(r, s) for s in range(1, n_streams + 1)])  # 0 = clean (prompt included)
-    same = (stream[:, None] == stream[None]) & (blk[:, None] == blk[None])
-    to_clean = (stream[:, None] > 0) & (stream[None] == 0) & (blk[:, None] > blk[None])
-    clean = (stream[:, None] == 0) & (stream[None] == 0) & (blk[:, None] >= blk[None])
-    return same | to_clean | clean
+    P, R, B, N = prompt_len, response_len, block_size, len(block)
+    clean = torch.cat((torch.arange(-P, 0, device=block.device), torch.arange(R, device=block.device) // B))  # (P+R,)
+    noised = block.repeat_interleave(B, 1)[..., None] > clean  # (N, M B, P+R)
+    return torch.cat(((clean[:, None] >= clean).expand(N, -1, -1), noised), dim=1)
 
 
-def stream_hidden(model, prompt, clean, noised, block_size):
-    """Hidden states that predict each response token from each noised stream, in one forward.
+def segment_hidden(model, prompt, clean, noised, block):
+    """Hidden states that predict the tokens of every noised segment, in one forward.
 
-    prompt (N, P) left-padded; clean (N, R) the response x_0; noised (N, S, R) its noised copies -> (N, max(S, 1), R, d).
-    Entry (n, s, i) predicts token i: from slot i-1 of noised stream s, or, for the first token of a block, from slot
-    i-1 of the clean stream (for i = 0 the prompt's last token).
+    prompt (N, P) left-padded; clean (N, R) the response x_0, whole blocks; noised (N, M, B) copies of its blocks
+    `block` (N, M), in any order and number -> (N, M, B, d). Entry (n, m, j) predicts slot j of segment m: from slot j-1 of
+    the segment, or, for the first, from the last clean token before the block (for block 0 the prompt's last).
     """
-    N, P = prompt.shape
-    S, R = noised.shape[1], clean.shape[1]
+    (N, P), R, (M, B) = prompt.shape, clean.shape[1], noised.shape[1:]
+    dev = prompt.device
+    if B == 1:  # every token is a first token: the clean stream predicts them all, and block diffusion is AR
+        noised, M = noised[:, :0], 0
     pad = pad_left(prompt)[:, None]  # (N, 1)
-    tokens = torch.cat((prompt, clean, noised.flatten(1)), dim=1)  # (N, P + (1+S) R)
-    slot = torch.cat([torch.arange(P, device=prompt.device)] + [P + torch.arange(R, device=prompt.device)] * (1 + S))
-    mask = stream_mask(P, R, block_size, S, prompt.device)[None]
-    is_pad = F.pad(torch.arange(P, device=prompt.device)[None] < pad, (0, (1 + S) * R))  # (N, T)
-    mask = mask & ~is_pad[:, None] | torch.eye(mask.shape[-1], dtype=torch.bool, device=prompt.device)
-    hidden = model(tokens, (slot[None] - pad).clamp(min=0), mask[:, None])  # (N, T, d)
-    i = torch.arange(R, device=prompt.device)
-    source = torch.stack([torch.where(i % block_size == 0, P - 1 + i, P - 1 + i + (s + 1) * R) for s in range(max(S, 1))])
-    if S == 0:
-        assert block_size == 1, "without a noised stream only first tokens can be predicted: block size 1"
-        source = P - 1 + i[None]
-    return hidden[:, source]  # (N, S, R, d)
+    lane = torch.arange(B, device=dev)
+    start = P + block * B  # (N, M) slot of each block's first token in the clean stream
+    slot = torch.cat((torch.arange(P + R, device=dev).expand(N, -1), (start[:, :M, None] + lane).flatten(1)), dim=1)  # (N, T)
+    mask = segment_mask(P, R, B, block[:, :M])
+    mask[:, :, :P] &= (torch.arange(P, device=dev) >= pad)[:, None]
+    mask.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: no empty softmax
+    tokens = torch.cat((prompt, clean, noised.flatten(1)), dim=1)
+    hidden = model(tokens, (slot - pad).clamp(min=0), mask[:, None], segment=B if M else 0)
+    before = P + R + torch.arange(M, device=dev)[:, None] * B + lane - 1  # (M, B) slot j-1 of the segment
+    source = torch.where(lane == 0, start[..., None] - 1, before if M else 0)  # (N, M, B)
+    return hidden.gather(1, source.flatten(1)[..., None].expand(-1, -1, hidden.shape[-1])).view(*source.shape, -1)
+
+
+def every_block(response, block_size):
+    """The plain case of one segment a block: response (N, R) -> its block numbers (N, R / B)."""
+    return torch.arange(response.shape[1] // block_size, device=response.device).expand(len(response), -1)
 
 
 def fill_last_block(response, block_size):
@@ -84,39 +88,39 @@ def fill_last_block(response, block_size):
     return torch.where(real & (response == PAD), EOS, response), real
 
 
-def draw_noise(shape, block_size, kind, first_step, generator, device=None):
-    """Noise for a response of shape (N, R), R a multiple of B: masks (N, S, R), True = [MASK], and weights (N, S, R).
+def draw_noise(n_segments, block_size, kind, first_step, generator, device=None):
+    """Noise for blocks: masks (n_segments, S, B), True = [MASK], and loss weights of masked slots, the same shape.
 
     Slots 1..B-1 of a block are masked with probability t, one t a block, stratified over the blocks of the batch
     (the k-th of n strata of (0, 1]); slot 0 is known from the clean stream and is shown clean.
-        uniform        t ~ U(0, 1],   weight 1/t: the exact bound (MDLM, arXiv 2406.07524, eq. 10)
-        clipped        t ~ U[.3, .8], weight 1/t: lower variance, biased (BD3-LM, sec. 5.2)
-        complementary  two streams, the second masks what the first shows: every token is masked exactly once a pair,
+        uniform        S = 1, t ~ U(0, 1],   weight 1/t: the exact bound (MDLM, arXiv 2406.07524, eq. 10)
+        clipped        S = 1, t ~ U[.3, .8], weight 1/t: lower variance, biased (BD3-LM, sec. 5.2)
+        complementary  S = 2, the second masks what the first shows: every token is masked exactly once a pair,
                        weight 1 (as in Fast-dLLM v2, arXiv 2509.26328)
     A share `first_step` of the blocks shows the sampler's first step instead: all [MASK], slot 0 included. In a
-    complementary pair their second stream masks nothing, so the weights stay right.
+    complementary pair the second then masks nothing, so the weights stay right. The weight of slot 0, which the clean
+    stream predicts, is 1 in the first of a pair and 0 in the second.
     """
-    N, R = shape
-    n_blocks = N * R // block_size
+    n, B = n_segments, block_size
     rand = lambda *size: torch.rand(*size, generator=generator, device=device)
-    strata = torch.randperm(n_blocks, generator=generator, device=device)
-    t = 1 - (strata + rand(n_blocks)) / n_blocks  # (0, 1]
+    strata = torch.randperm(n, generator=generator, device=device)
+    t = 1 - (strata + rand(n)) / n  # (0, 1]
     if kind == "clipped":
         t = 0.3 + 0.5 * t
-    t = t.view(N, R // block_size, 1)
-    masked = rand(N, R // block_size, block_size) < t  # (N, blocks, B)
-    masked[..., 0] = False
-    all_masked = rand(N, R // block_size, 1) < first_step
-    first = torch.arange(block_size, device=device) == 0
+    masked = rand(n, B) < t[:, None]
+    masked[:, 0] = False
+    all_masked = rand(n, 1) < first_step
+    first = torch.arange(B, device=device) == 0
+    shown = masked | all_masked
     if kind == "complementary":
         other = ~masked & ~first & ~all_masked
-        masks = torch.stack((masked | all_masked, other), dim=1)
-        return masks.flatten(2), torch.ones(N, 2, R, device=device)
-    weights = torch.where(all_masked, torch.ones_like(t), 1 / t).expand(-1, -1, block_size)
-    return (masked | all_masked)[:, None].flatten(2), weights[:, None].flatten(2)
+        return torch.stack((shown, other), dim=1), torch.stack(((shown | first).float(), other.float()), dim=1)
+    weight = torch.where(first, 1.0, shown / torch.where(all_masked, 1.0, t[:, None]))
+    return shown[:, None], weight[:, None]
 
 
-def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_step=0.0, generator=None, weight=None):
+def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_step=0.0, generator=None, weight=None,
+                   extra=None):
     """Masked-diffusion loss with the token shift, a scalar in nats per token.
 
     -log p(y) <= sum over blocks of  -log p(first token | clean past)
@@ -125,27 +129,29 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     first_step=0 the value is an unbiased estimate of the bound; at block size 1 it is the AR loss.
 
     prompt (N, P) left-padded; response (N, R) right-padded with [PAD] after [EOS]; weight (N, R) loss weight of each token
-    (default 1), the normaliser being the sum of the weights.
+    (default 1), the normaliser being the sum of the weights; extra (N, E) blocks that are noised once more for every time
+    they are named: more states of the same block in one forward, whose mean takes the place of the single draw.
     """
     weight = torch.ones(response.shape, device=response.device) if weight is None else weight
     weight = torch.where(response == PAD, 1.0, weight)  # the fill behind [EOS] weighs 1, however wide the batch came
     response, real = fill_last_block(response, block_size)
-    N, R = response.shape
-    w = F.pad(weight, (0, R - weight.shape[1]), value=1.0) * real
-    masks, inverse_t = draw_noise((N, R), block_size, kind, first_step, generator, response.device)
-    masks &= real[:, None]
-    noised = torch.where(masks, MASK, response[:, None])  # (N, S, R)
-    hidden = stream_hidden(model, prompt, response, noised, block_size)  # (N, S, R, d)
-    # A first token is plain cross-entropy from the clean stream, counted once (in stream 0), whatever x_t shows.
-    first = (torch.arange(R, device=response.device) % block_size == 0) & real  # (N, R)
-    count = torch.where(first[:, None], 0.0, masks * inverse_t)  # (N, S, R)
-    count[:, 0] += first.float()
-    count = count * w[:, None]
-    needed = count > 0
-    target = response[:, None].expand_as(needed)[needed]
-    logits = full_precision(model.logits(hidden[needed]))  # (M, V)
-    nats = F.cross_entropy(logits, target, reduction="none")  # (M,)
-    return (nats * count[needed]).sum() / w.sum()
+    weight = F.pad(weight, (0, response.shape[1] - weight.shape[1]), value=1.0) * real
+    block = every_block(response, block_size)  # (N, blocks)
+    if extra is not None:
+        block = torch.cat((block, extra), dim=1)
+    (N, M), B = block.shape, block_size
+    times = (block[:, :, None] == block[:, None]).sum(2)  # (N, M) how often the same block is there
+    masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, response.device))
+    S = masks.shape[2]
+    of_block = lambda x: x.view(N, -1, B).gather(1, block[..., None].expand(-1, -1, B))[:, :, None].expand(-1, -1, S, -1)
+    target = of_block(response)  # (N, M, S, B)
+    share = share * of_block(weight) / times[..., None, None]
+    noised = torch.where(masks & of_block(real), MASK, target)
+    hidden = segment_hidden(model, prompt, response, noised.flatten(1, 2), block.repeat_interleave(S, 1))
+    needed = (share > 0).view(N, M * S, B)
+    logits = full_precision(model.logits(hidden[needed]))  # (needed, V)
+    nats = F.cross_entropy(logits, target.reshape(needed.shape)[needed], reduction="none")
+    return (nats * share.view(needed.shape)[needed]).sum() / weight.sum()
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -173,9 +179,10 @@ def choose(confidence, open_, forced, rule, tau):
     """Which open slots to commit now: confidence, open_, forced (N, B) -> bool (N, B).
 
     threshold: every slot with confidence > tau. factor: the n most confident, n the largest with
-    (n+1)(1 - c_(n)) < tau (Fast-dLLM, arXiv 2505.22618, sec. 3.3). Slots in `forced` are committed whatever the rule;
-    a row with none commits at least its best, so that every step makes progress. The choice depends on the distributions
-    only, not on the tokens drawn from them: given the state it is no random event.
+    (n+1)(1 - c_(n)) < tau (Fast-dLLM, arXiv 2505.22618, sec. 3.3). steps: the ceil(B / tau) most confident, so that a block
+    takes about tau steps whatever the confidence. Slots in `forced` are committed whatever the rule; a row with none
+    commits at least its best, so that every step makes progress. The choice depends on the distributions only, not on the
+    tokens drawn from them: given the state it is no random event.
     """
     confidence = torch.where(open_, confidence, -1.0)
     if rule == "threshold":
@@ -183,16 +190,18 @@ def choose(confidence, open_, forced, rule, tau):
     else:
         ranked, order = confidence.sort(dim=1, descending=True, stable=True)
         n = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
-        ok = ((n + 1) * (1 - ranked) < tau) & (ranked >= 0)
-        n_commit = (ok * n).amax(1, keepdim=True)
-        chosen = torch.zeros_like(open_).scatter(1, order, n[None] <= n_commit) & open_
+        if rule == "factor":
+            n_commit = (((n + 1) * (1 - ranked) < tau) & (ranked >= 0)).mul(n).amax(1, keepdim=True)
+        else:
+            n_commit = math.ceil(len(n) / tau)
+        chosen = torch.zeros_like(open_).scatter(1, order, (n <= n_commit).expand_as(order)) & open_
     best = F.one_hot(confidence.argmax(1), confidence.shape[1]).bool() & open_
     return chosen | forced | (best & ~forced.any(1, keepdim=True))
 
 
 @torch.no_grad()
 def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, temperature=0.0, generator=None,
-                 fuse=True, constrain=None):
+                 fuse=True, constrain=None, prefix=None):
     """Block-diffusion decoding with a KV cache: a batch of rows, each at its own pace.
 
     Every forward feeds one window of the sequence: the block being denoised, preceded, where a row has just finished a
@@ -203,19 +212,23 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
 
     prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau: see `choose`;
     fuse=False spends a forward of its own on the store (a reference, same tokens); constrain, optional, is a function
-    (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained decoder. Returns Decoded. A
-    row's result does not depend on the other rows of its batch, up to float round-off.
+    (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained decoder; prefix (N, L), whole
+    blocks, is a response's given beginning. Returns Decoded. A row's result does not depend on the other rows of its batch,
+    up to float round-off.
     """
     B, (N, P0) = block_size, prompt.shape
     prompt = F.pad(prompt, (max(0, B - P0), 0), value=PAD)  # the window before the first block must exist
     P, R = prompt.shape[1], math.ceil(max_len / B) * B
     dev = prompt.device
     seq = F.pad(prompt, (0, R), value=MASK)  # (n, P+R), only rows still running
+    given = 0 if prefix is None else prefix.shape[1]
+    if given:
+        seq[:, P:P + given] = prefix
     step = torch.full((N, R), NEVER, device=dev)
     logp = model.embed.weight.new_zeros(N, R)
     out = Decoded(seq[:, P:].clone(), seq[:, P:].clone(), step.clone(), logp.clone(), torch.zeros(N, dtype=torch.long, device=dev))
     rows, pad = torch.arange(N, device=dev), pad_left(prompt)
-    block = torch.zeros(N, dtype=torch.long, device=dev)     # index of the block being denoised
+    block = torch.full((N,), given // B, device=dev)         # index of the block being denoised
     in_block = torch.zeros_like(block)                       # steps done in it; 0 = the block before is not stored yet
     forwards = torch.zeros_like(block)
     cache = KVCache(model, N, P + R)
@@ -223,27 +236,37 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     visible_to = torch.where(slot < P, slot, P + (slot - P) // B * B + B - 1)  # (P+R,) last slot that a query sees
     lane = torch.arange(B, device=dev)
 
-    def forward(start, width, n_keys):
-        """Run the window [start, start + width) of every row; start (n,) -> hidden (n, width, d)."""
-        at = start[:, None] + torch.arange(width, device=dev)  # (n, width)
-        mask = (slot[:n_keys] <= visible_to[at][..., None]) & (slot[:n_keys] >= pad[:, None, None])
+    def forward(some, n_clean, width):
+        """Run the window that starts n_clean slots before the block, of the rows `some` -> hidden (n, width, d)."""
+        at = here[some, None] - n_clean + torch.arange(width, device=dev)  # (n, width)
+        mask = (slot[:n_keys] <= visible_to[at][..., None]) & (slot[:n_keys] >= pad[some, None, None])
         mask |= slot[:n_keys] == at[..., None]  # padding sees itself: no empty softmax
-        positions = (at - pad[:, None]).clamp(min=0)
-        return model(seq.gather(1, at), positions, mask[:, None], cache, at, n_keys)
+        part = cache if isinstance(some, slice) else cache.of(some)
+        return model(seq[some].gather(1, at), (at - pad[some, None]).clamp(min=0), mask[:, None], part, at, n_keys)
+
+    def predict(some, n_clean):
+        """One forward over n_clean clean slots and the block -> hidden (n, B, d) that predict the block. Slot i is predicted at
+        i - 1, slot 0 by the clean part; without one it is committed already, and what it gets is unused."""
+        hidden = forward(some, n_clean, n_clean + B)
+        return hidden[:, n_clean - 1:-1] if n_clean else torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
 
     while len(rows):
         fresh = in_block == 0
         here = P + block * B                                   # (n,) first slot of the block
         n_keys = int(here.max()) + B
-        n_clean = 0 if not fresh.any() else P if forwards[0] == 0 else B  # all rows read their prompts in the first forward
-        if n_clean and not fuse:
-            clean = forward(here - n_clean, n_clean, n_keys)[:, -1:]
+        n_clean = P + given if forwards[0] == 0 else B         # the first forward reads the prompts
+        if fresh.any() and not fuse:
+            stored = forward(slice(None), n_clean, n_clean)[:, -1:]
             forwards += fresh
-            hidden = torch.cat((clean, forward(here, B, n_keys)[:, :-1]), dim=1)
+            hidden = torch.cat((stored, forward(slice(None), 0, B)[:, :-1]), dim=1)
+        elif fresh.all() or not fresh.any():
+            hidden = predict(slice(None), n_clean if fresh.any() else 0)
+        elif len(rows) < SPLIT:
+            hidden = predict(slice(None), n_clean)             # the others store their last block again, unchanged
         else:
-            hidden = forward(here - n_clean, n_clean + B, n_keys)
-            # Slot i is predicted at i - 1. Slot 0 comes from the clean part; without one it is committed already.
-            hidden = hidden[:, n_clean - 1:-1] if n_clean else torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
+            hidden = logp.new_empty(len(rows), B, cache.k.shape[-1])
+            for some, clean in ((fresh.nonzero()[:, 0], n_clean), ((~fresh).nonzero()[:, 0], 0)):
+                hidden[some] = predict(some, clean)
         forwards += 1
         at = here[:, None] + lane                              # (n, B)
         tokens = seq.gather(1, at)
@@ -281,35 +304,50 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
 
 # --- Replay: what the sampler saw, and exact log-probabilities of what it did ------------------------------------------
 
-def decode_states(decoded, steps):
-    """The noised response (N, S, R) as the sampler saw it at each step in `steps` (S,) or (N, S, R): tokens committed
-    before that step are shown, everything else is [MASK] (a block's first slot included, at step 0)."""
-    if steps.dim() == 1:
-        steps = steps[None, :, None]
-    return torch.where(decoded.commit_step[:, None] < steps, decoded.filled[:, None], MASK)
+def decode_states(decoded, block, steps, block_size):
+    """Blocks as the sampler saw them: block, steps (N, M) -> noised (N, M, B) and which slots are still masked there.
+
+    Tokens committed before step steps[n, m] of block[n, m] are shown, everything else is [MASK] (the block's first slot
+    included, at step 0).
+    """
+    index = block[..., None].expand(-1, -1, block_size)
+    of_block = lambda x: x.view(len(block), -1, block_size).gather(1, index)
+    open_ = of_block(decoded.commit_step) >= steps[..., None]
+    return torch.where(open_, MASK, of_block(decoded.filled)), open_
 
 
-def replay_logp(model, prompt, decoded, block_size, temperature=0.0, max_streams=4):
+def replay_logp(model, prompt, decoded, block_size, temperature=0.0, max_segments=16):
     """Log-probabilities (N, R) of the decoded tokens, each in the state in which it was committed; 0 outside the
     response. Differentiable; equal to decoded.logp for the model that decoded.
 
-    Blocks depend on clean earlier blocks only, so the r-th states of all blocks fit in one noised stream (TraceRL,
-    arXiv 2509.06949), and several streams in one forward. Since `choose` looks at distributions and not at the drawn
-    tokens, the product of these probabilities is the exact likelihood of the trajectory under the sampling policy; under
-    an updated policy the choice of positions is held fixed, here as everywhere else.
+    Blocks depend on clean earlier blocks only, so all states of all blocks are segments of one forward (TraceRL, arXiv
+    2509.06949). The first `max_segments` of every row go together, then those of the rows that took more steps. Since
+    `choose` looks at distributions and not at the drawn tokens, the product of these probabilities is the exact likelihood
+    of the trajectory under the sampling policy; under an updated policy the choice of positions is held fixed, here as
+    everywhere else.
     """
-    step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)  # (N, R)
-    clean = decoded.clean
-    logp = torch.zeros_like(decoded.logp)
-    for s in range(0, int(step.max()) + 1, max_streams):
-        rows = (step.amax(1) >= s).nonzero()[:, 0]  # most rows are done after the first pass
-        steps = torch.arange(s, min(s + max_streams, int(step.max()) + 1), device=prompt.device)
-        noised = decode_states(decoded.take(rows), steps) if block_size > 1 else clean[rows, None][:, :0]
-        hidden = stream_hidden(model, prompt[rows], clean[rows], noised, block_size)  # (n, S, R, d)
-        here = step[rows, None] == steps[None, :, None]  # (n, S, R): committed at that step
+    N, R, B = *decoded.tokens.shape, block_size
+    step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1).view(N, R // B, B)
+    n_steps = step.amax(-1) + 1  # (N, blocks)
+    ends = n_steps.cumsum(1)
+    number = torch.arange(int(ends[:, -1].max()), device=prompt.device).expand(N, -1).contiguous()  # segments of a row
+    block = torch.searchsorted(ends, number, right=True)  # (N, M): the block whose step a segment shows
+    used = block < R // B
+    block = block.clamp(max=R // B - 1)
+    at = number - (ends - n_steps).gather(1, block)  # (N, M) step within the block
+    logp = torch.zeros_like(decoded.logp).view(N, R // B, B)
+    max_segments = R if B == 1 else max_segments  # at B = 1 segments cost nothing
+    for m in range(0, number.shape[1], max_segments):
+        rows = used[:, m].nonzero()[:, 0]
+        b, s = (x[rows, m:m + max_segments] for x in (block, at))  # (n, M')
+        part = decoded.take(rows)
+        noised, _ = decode_states(part, b, s, B)
+        hidden = segment_hidden(model, prompt[rows], part.clean, noised, b)  # (n, M', B, d)
+        gathered = lambda x: x.gather(1, b[..., None].expand(-1, -1, B))
+        here = (gathered(step[rows]) == s[..., None]) & used[rows, m:m + max_segments, None]  # committed at that step
         logits = full_precision(model.logits(hidden[here])) / (temperature or 1.0)
-        token = clean[rows, None].expand_as(here)[here]
+        token = gathered(part.clean.view(len(rows), -1, B))[here]
         token_logp = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
-        found = torch.zeros(here.shape, dtype=token_logp.dtype, device=logp.device).masked_scatter(here, token_logp)
-        logp = logp.index_add(0, rows, found.sum(1))
-    return logp
+        n, i, j = here.nonzero(as_tuple=True)
+        logp = logp.index_put((rows[n], b[n, i], j), token_logp.to(logp.dtype))
+    return logp.view(N, R)

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import device_of, load_stage, read_checkpoint, save_atomically, script
+from common import device_of, load_stage, load_tensors, read_checkpoint, save_atomically, script
 from config import STAGES, UserError, folder
 from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
 from diffusion import block_decode
+from figures import figures
 from model import EOS, PAD, ar_decode
 
 SPEED_BATCH = 64
@@ -57,7 +58,7 @@ def paired_bootstrap(a, b):
 
 def score(world, split, tokens, forwards=None):
     """Everything that is measured on responses (N, R) to the rows of a split: {name: (N,) array}."""
-    answers = parse_answers(tokens, split.k, split.order.shape[1])
+    answers = parse_answers(tokens, split.incoming)
     rank = (answers.order == split.target[:, None]).argmax(1)
     served = ranking_metrics(rank)
     out = {f"served {m}": v for m, v in served.items()} | {f"strict {m}": v * answers.valid for m, v in served.items()}
@@ -73,9 +74,8 @@ def score_order(split, order):
     """The same for a ranking that no model wrote: order (N, K)."""
     rank = (order == split.target[:, None]).argmax(1)
     served = ranking_metrics(rank)
-    listed = np.arange(order.shape[1]) < split.k[:, None]
     return ({f"served {m}": v for m, v in served.items()} | {f"strict {m}": v for m, v in served.items()} |
-            {"valid": np.ones(len(rank)), "identity": ((order == np.arange(order.shape[1])) | ~listed).all(1).astype(float)})
+            {"valid": np.ones(len(rank)), "identity": (order == split.incoming).all(1).astype(float)})
 
 
 def decode_split(cfg, world, split, decoder, desc):
@@ -147,8 +147,8 @@ def stage_decoder(cfg, world, model, stage, tau):
 def speed(cfg, world, teacher, student, batch, max_len=None):
     """Tokens/s of AR and block decoding in alternating runs on the same prompts, for about eval_speed_seconds.
 
-    Returns {"ar": tokens/s, "block": tokens/s, "ratio": block / ar}; generated tokens only, wall time of the whole
-    decode, the prompt's forward included.
+    Returns {"ar": tokens/s, "block": tokens/s, "ratio": block / ar, "ar_ms", "block_ms": milliseconds a batch}; generated
+    tokens only, wall time of the whole decode, the prompt's forward included.
     """
     max_len, device = max_len or world.max_response, device_of(cfg)
     seconds, tokens, start, i = [0.0, 0.0], [0, 0], time.perf_counter(), 0
@@ -168,18 +168,19 @@ def speed(cfg, world, teacher, student, batch, max_len=None):
                 tokens[j] += n
         i += 1
     ar, block = (n / s for n, s in zip(tokens, seconds))
-    return {"ar": ar, "block": block, "ratio": block / ar}
+    ar_ms, block_ms = (1000 * s / (i - 1) for s in seconds)
+    return {"ar": ar, "block": block, "ratio": block / ar, "ar_ms": ar_ms, "block_ms": block_ms}
 
 
 # --- The report ------------------------------------------------------------------------------------------------------------
 
-NO_TIMING = dict.fromkeys(("tokens_per_s_b1", "speedup_b1", "tokens_per_s_batch", "speedup_batch", "batch"))
+NO_TIMING = dict.fromkeys(("tokens_per_s_b1", "speedup_b1", "latency_ms", "tokens_per_s_batch", "speedup_batch", "batch"))
 PER_USER = ("valid", "duplicated", "dropped", "out_of_set", "faithful", "identity", "trace_tokens", "forwards")
 
 
 def make_row(stage, point, seed, scores, reference, timing=None, train_seconds=None, reported=False):
     """One row of report.json. scores: {name: (N,)}, already averaged over seeds where seed is "mean"; reference:
-    {"ar": scores, "prerank": scores} of the same users, for the paired differences. What does not apply is None."""
+    {stage: scores} of the same users, for the paired differences. What does not apply is None."""
     n = len(scores["served mrr"])
     mean = lambda name: float(scores[name].mean()) if name in scores else None
     row = {"stage": stage, "block_size": point[0], "tau": point[1], "seed": seed, "reported": reported, "n_users": n}
@@ -191,7 +192,7 @@ def make_row(stage, point, seed, scores, reference, timing=None, train_seconds=N
     row["ar_gain_share"] = float(gain(scores) / gain(reference["ar"])) if "ar" in reference else None
     row["se"] = {m: float(scores[f"strict {m}"].std() / n ** 0.5) for m in METRICS}
     row["seed_se"] = None
-    for name in ("ar", "prerank"):
+    for name in ("ar", "prerank", "cft", "opd"):
         other = reference.get(name)
         row[f"diff_to_{name}"] = other and {m: paired_bootstrap(scores[f"strict {m}"], other[f"strict {m}"]) for m in METRICS}
     row["train_seconds"] = train_seconds
@@ -204,21 +205,22 @@ def average(runs):
 
 
 def finished_seeds(cfg):
-    """The seeds to report: those asked for, or all whose AR stage has left a checkpoint."""
+    """The seeds to report: those asked for, or all of which a checkpoint is found."""
     if cfg.seeds != "all":
         try:
             return [int(s) for s in cfg.seeds.split(",")]
         except ValueError:
             raise UserError(f"--seeds must be all or numbers with commas, not '{cfg.seeds}'")
-    found = sorted(int(os.path.basename(os.path.dirname(os.path.dirname(p)))[4:])
-                   for p in glob.glob(folder(cfg, "seed*", "ar", "checkpoint.pt")))
+    found = sorted({int(os.path.basename(os.path.dirname(os.path.dirname(p)))[4:])
+                    for p in glob.glob(folder(cfg, "seed*", "*", "checkpoint.pt"))} or ({cfg.seed} if cfg.teacher else set()))
     if not found:
         raise UserError(f"no checkpoint under {folder(cfg)}: first run `python train_ar.py --config {cfg.config}`")
     return found
 
 
-def evaluate_seed(cfg, world, seed):
-    """All rows of one seed: {(stage, tau, reported): (scores, timing, train_seconds)} for every stage that finished."""
+def evaluate_seed(cfg, world, seed, known):
+    """All rows of one seed: {(stage, tau, reported): (scores, timing, train_seconds)} for every stage that finished.
+    known: the rows of AR and naive, where another seed with the same teacher has them."""
     cfg = dataclasses.replace(cfg, seed=seed)
     n_curve = min(cfg.eval_curve_users, len(world.test))
     curve = [float(t) for t in cfg.eval_taus.split(",")]
@@ -232,7 +234,7 @@ def evaluate_seed(cfg, world, seed):
     last = [s for s in STAGES if s in models][-1]
     if last != "ar":
         models["constrained"] = models[last]
-    out = {}
+    out = {k: (scores, dict(timing), seconds) for k, (scores, timing, seconds) in known.items()}
 
     def add(stage, tau, users, reported):
         split = world.test.take(slice(0, users))
@@ -241,14 +243,14 @@ def evaluate_seed(cfg, world, seed):
         timing = dict(NO_TIMING)
         if reported and stage in STAGES[1:]:
             one, many = (speed(cfg, world, models["ar"], models[stage], b) for b in (1, SPEED_BATCH))
-            timing = {"tokens_per_s_b1": one["block"], "speedup_b1": one["ratio"], "tokens_per_s_batch": many["block"],
-                      "speedup_batch": many["ratio"], "batch": SPEED_BATCH}
-            out["ar", None, True][1].update({"tokens_per_s_b1": one["ar"], "speedup_b1": 1.0, "tokens_per_s_batch": many["ar"],
-                                             "speedup_batch": 1.0, "batch": SPEED_BATCH})
+            timing = {"tokens_per_s_b1": one["block"], "speedup_b1": one["ratio"], "latency_ms": one["block_ms"],
+                      "tokens_per_s_batch": many["block"], "speedup_batch": many["ratio"], "batch": SPEED_BATCH}
+            out["ar", None, True][1].update({"tokens_per_s_b1": one["ar"], "speedup_b1": 1.0, "latency_ms": one["ar_ms"],
+                                             "tokens_per_s_batch": many["ar"], "speedup_batch": 1.0, "batch": SPEED_BATCH})
         out[stage, tau, reported] = score(world, split, tokens, forwards), timing, seconds.get(stage)
 
     for stage in ("ar", "naive", "cft", "opd", "rl", "constrained"):
-        if stage not in models:
+        if stage not in models or known and stage in ("ar", "naive"):
             continue
         add(stage, None if stage == "ar" else cfg.tau, len(world.test), True)
         for tau in curve if stage not in ("ar", "constrained") else ():
@@ -261,35 +263,38 @@ def main(cfg):
     world, name = load_world(cfg), "report"
     if cfg.eval_split == "val":
         world, name = dataclasses.replace(world, test=world.val), "report_val"
-    seeds = finished_seeds(cfg)
-    per_seed = {}
+    seeds, beside = finished_seeds(cfg), scores_beside(cfg, world)  # what is missing is said before anything is decoded
+    per_seed, known = {}, {}
     for seed in seeds:
-        per_seed[seed], models = evaluate_seed(cfg, world, seed)
+        per_seed[seed], models = evaluate_seed(cfg, world, seed, known)
+        known = {k: v for k, v in per_seed[seed].items() if k[0] in ("ar", "naive")} if cfg.teacher else {}
         if seed == seeds[0]:
             shown = models
     n = len(world.test)
-    still = {"prerank": score_order(world.test, np.where(world.test.order >= 0, np.arange(world.test.order.shape[1]), -1)),
+    still = {"prerank": score_order(world.test, world.test.incoming),
              "oracle" if cfg.world == "toy" else "writer": score_order(world.test, world.test.order)}
     cut = lambda scores, users: {k: v[:users] for k, v in scores.items()}
-    ar_mean = average([per_seed[s]["ar", None, True][0] for s in seeds])
-    rows = [make_row(name, (None, None), "mean", s, {"ar": ar_mean, "prerank": still["prerank"]}, reported=True)
-            for name, s in still.items()]
-    for key in dict.fromkeys(key for seed in seeds for key in per_seed[seed]):  # a stage may have finished for some seeds only
+    mean_of = {key: average([per_seed[s][key][0] for s in seeds if key in per_seed[s]])
+               for key in dict.fromkeys(key for seed in seeds for key in per_seed[seed])}  # some seeds may lack late stages
+
+    def reference(of, users):
+        """The scores that a row's differences are taken against, of the same users; of: key -> scores."""
+        known = {s: of((s, None if s == "ar" else cfg.tau, True)) for s in ("ar", "cft", "opd")}
+        return {s: cut(v, users) for s, v in {**known, "prerank": still["prerank"]}.items() if v}
+
+    rows = [make_row(stage, (None, None), "mean", scores, reference(mean_of.get, n), reported=True)
+            for stage, scores in {**still, **beside}.items()]
+    for key, scores in mean_of.items():
         stage, tau, reported = key
         have = [s for s in seeds if key in per_seed[s]]
-        point = (None if stage == "ar" else cfg.block_size, tau)
-        made = []
-        for seed in have:
-            scores, timing, seconds = per_seed[seed][key]
-            users = len(scores["valid"])
-            reference = {"ar": cut(per_seed[seed]["ar", None, True][0], users), "prerank": cut(still["prerank"], users)}
-            made.append(make_row(stage, point, seed, scores, reference, timing, seconds, reported))
-        scores = average([per_seed[s][key][0] for s in have])
+        point, users = (None if stage == "ar" else cfg.block_size, tau), len(scores["valid"])
+        made = [make_row(stage, point, seed, per_seed[seed][key][0],
+                         reference(lambda k: per_seed[seed][k][0] if k in per_seed[seed] else None, users),
+                         *per_seed[seed][key][1:], reported) for seed in have]
         timings = [per_seed[s][key][1] for s in have]
         timing = {k: timings[0][k] and float(np.mean([t[k] for t in timings])) for k in NO_TIMING}
-        reference = {"ar": cut(ar_mean, users), "prerank": cut(still["prerank"], users)}
-        mean = make_row(stage, point, "mean", scores, reference, timing, made[0]["train_seconds"] and
-                        float(np.mean([r["train_seconds"] for r in made])), reported)
+        mean = make_row(stage, point, "mean", scores, reference(mean_of.get, users), timing,
+                        made[0]["train_seconds"] and float(np.mean([r["train_seconds"] for r in made])), reported)
         if len(have) > 1:
             mean["seed_se"] = {m: float(np.std([r["strict"][m] for r in made], ddof=1) / len(have) ** 0.5) for m in METRICS}
         rows += [*made, mean]
@@ -298,11 +303,33 @@ def main(cfg):
               "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "tau": cfg.tau},
               "data": world.notes, "rows": rows}
     text = markdown(report)
+    save_atomically(folder(cfg, f"{name}_users.pt"), lambda p: torch.save(
+        {stage: {k: torch.from_numpy(v) for k, v in scores.items()} for (stage, _, reported), scores in mean_of.items()
+         if reported} | {"target": torch.from_numpy(world.test.target)}, p))
     save_atomically(folder(cfg, f"{name}.json"), lambda p: open(p, "w").write(json.dumps(report, indent=1) + "\n"))
     save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(text))
     if cfg.eval_split == "test":
-        figures(cfg, world, report, per_seed[seeds[0]], shown)
+        figures(cfg, world, report, per_seed[seeds[0]], shown, speed)
     print(f"\n{summary(report)}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))
+
+
+def scores_beside(cfg, world):
+    """Scores of other runs on the same users: --beside name=folder:stage,... -> {name: {metric: (N,)}}."""
+    out = {}
+    for item in filter(None, cfg.beside.split(",")):
+        try:
+            name, where = item.split("=")
+            path, stage = where.rsplit(":", 1)
+        except ValueError:
+            raise UserError(f"--beside takes name=folder:stage, for example longer=runs/longer/small:ar, not '{item}'")
+        path = os.path.join(path, "report_users.pt" if cfg.eval_split == "test" else "report_val_users.pt")
+        if not os.path.exists(path):
+            raise UserError(f"--beside: there is no {path}: first run evaluate.py there")
+        saved = load_tensors(path)
+        if stage not in saved or not torch.equal(saved["target"], torch.from_numpy(world.test.target)):
+            raise UserError(f"--beside: {path} has no stage {stage}, or scores of other users")
+        out[name] = {k: v.numpy() for k, v in saved[stage].items()}
+    return out
 
 
 def device_name(cfg):
@@ -321,19 +348,19 @@ def markdown(report):
              "Scores are strict (an invalid answer counts 0), ± standard error over users; the difference in N@10 to AR has "
              "its paired 95 % interval; the share is that of AR's gain in N@10 over the pre-ranked order.", "",
              "| stage | R@1 | R@5 | N@10 | MRR | N@10 − AR | share of gain | valid | dup. | dropped | out of set | faithful | "
-             "identity | trace | forwards | tok/fwd | × AR, batch 1 | × AR, batch 64 | train s |", "|---" * 19 + "|"]
+             "identity | trace | forwards | tok/fwd | ms, batch 1 | × AR, batch 1 | × AR, batch 64 | train s |", "|---" * 20 + "|"]
     for r in report["rows"]:
         if not (r["reported"] and r["seed"] == "mean"):
             continue
         s, d = r["strict"], r["diff_to_ar"] and r["diff_to_ar"]["ndcg@10"]
-        pm = lambda m: f"{s[m]:.3f} ± {r['se'][m]:.3f}"
-        name = r["stage"] + (f" ({len(report['seeds'])} seeds)" if len(report["seeds"]) > 1 and r["train_seconds"] else "")
+        pm = lambda m: f"{s[m]:.4f} ± {r['se'][m]:.4f}" + (f" (seeds {r['seed_se'][m]:.4f})" if r["seed_se"] else "")
+        name = r["stage"]
         lines.append("| " + " | ".join([
             name, pm("recall@1"), pm("recall@5"), pm("ndcg@10"), pm("mrr"),
             f"{d[1]:+.3f} [{d[0]:+.3f}, {d[2]:+.3f}]" if d else "–", percent(r["ar_gain_share"]), percent(r["valid"]),
             *(percent(r[k]) for k in ("duplicated", "dropped", "out_of_set", "faithful", "identity")),
             number(r["trace_tokens"]), number(r["forwards"]), number(r["tokens_per_forward"], 2),
-            number(r["speedup_b1"], 2), number(r["speedup_batch"], 2), number(r["train_seconds"], 0)]) + " |")
+            number(r["latency_ms"]), number(r["speedup_b1"], 2), number(r["speedup_batch"], 2), number(r["train_seconds"], 0)]) + " |")
     lines += ["", "The curve around the operating point (the first users only where there are fewer):", "",
               "| stage | tau | users | N@10 | valid | faithful | forwards | tok/fwd |", "|---" * 8 + "|"]
     for r in report["rows"]:
@@ -356,87 +383,6 @@ def summary(report):
     point = report["operating_point"]
     return "\n".join([f"{report['dataset']}: {report['n_users']} {report['split']} users, seeds {report['seeds']}, block size "
                       f"{point['block_size']}, {point['commit']} {point['tau']}; strict scores", "", *lines, ""])
-
-
-# --- Figures -----------------------------------------------------------------------------------------------------------------
-
-COLOURS = {"ar": "#333333", "naive": "#b0b0b0", "cft": "#1f77b4", "opd": "#2ca02c", "rl": "#d62728"}
-
-
-def figures(cfg, world, report, scores, models):
-    """Four figures into runs/<config>/: tradeoff.png, throughput.png, trace_lengths.png, denoising.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def save(fig, name):
-        fig.tight_layout()
-        fig.savefig(folder(cfg, name), dpi=130, facecolor="white")
-        plt.close(fig)
-
-    rows = [r for r in report["rows"] if r["seed"] == "mean"]
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for ax, name, get in ((axes[0], "valid answers", lambda r: r["valid"]), (axes[1], "N@10, strict", lambda r: r["strict"]["ndcg@10"])):
-        for stage in ("naive", "cft", "opd", "rl"):
-            line = sorted((r["tokens_per_forward"], get(r)) for r in rows if r["stage"] == stage)
-            if line:
-                ax.plot(*zip(*line), "o-", color=COLOURS[stage], label=stage, ms=4)
-        at = next(get(r) for r in rows if r["stage"] == "ar")
-        ax.axhline(at, color=COLOURS["ar"], ls="--", label="ar (1 token a forward)")
-        ax.set(xlabel="tokens a forward", ylabel=name)
-        ax.legend()
-    axes[1].axhline(next(get(r) for r in rows if r["stage"] == "prerank"), color="#999999", ls=":")
-    fig.suptitle(f"{report['dataset']}: quality against parallelism, one point a threshold")
-    save(fig, "tradeoff.png")
-
-    last = [s for s in STAGES if s in models][-1]
-    lengths = [n for n in (cfg.block_size, 2 * cfg.block_size, 4 * cfg.block_size) if n < world.max_response] + [world.max_response]
-    if last != "ar":
-        quick = dataclasses.replace(cfg, eval_speed_seconds=cfg.eval_speed_seconds / 3)
-        fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for ax, batch in zip(axes, (1, SPEED_BATCH)):
-            timing = [speed(quick, world, models["ar"], models[last], batch, n) for n in lengths]
-            ax.plot(lengths, [t["ar"] for t in timing], "o--", color=COLOURS["ar"], label="AR, cached")
-            ax.plot(lengths, [t["block"] for t in timing], "o-", color=COLOURS[last], label=f"{last}, block size {cfg.block_size}")
-            ax.set(xlabel="output length (tokens, at most)", ylabel="generated tokens / s", title=f"batch {batch}", ylim=0)
-            ax.legend()
-        save(fig, "throughput.png")
-
-    fig, ax = plt.subplots(figsize=(6, 4))
-    tallest = max(int(scores[k][0]["trace_tokens"].max()) for k in scores if k[2])
-    for stage in [s for s in ("ar", "cft", "opd", "rl") if s in models]:
-        found = next(v for k, v in scores.items() if k[0] == stage and k[2])[0]["trace_tokens"]
-        ax.hist(found, bins=np.arange(0, tallest + 3), histtype="step", color=COLOURS[stage], label=f"{stage}, mean {found.mean():.1f}", lw=1.5)
-    ax.set(xlabel="trace tokens", ylabel="users", yscale="log")
-    ax.legend()
-    save(fig, "trace_lengths.png")
-    if last != "ar":
-        save(denoising_figure(cfg, world, models[last], plt), "denoising.png")
-
-
-def denoising_figure(cfg, world, model, plt):
-    """One test response as a grid, one block a row, coloured by the denoising step at which each token was committed."""
-    prompt, _ = tensors(world.test, range(1), device_of(cfg))
-    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau)
-    B = cfg.block_size
-    tokens, steps = decoded.tokens[0].cpu().numpy().reshape(-1, B), decoded.commit_step[0].cpu().numpy().reshape(-1, B)
-    used = (tokens != PAD).any(1)
-    tokens, steps = tokens[used], steps[used]
-    shown = tokens != PAD
-    n_steps = int(steps[shown].max()) + 1
-    colours = plt.get_cmap("viridis_r")(np.linspace(0.05, 0.6, n_steps))
-    fig, ax = plt.subplots(figsize=(1.05 * B, 0.55 * len(tokens) + 1.2))
-    for i, j in zip(*np.nonzero(shown)):
-        ax.add_patch(plt.Rectangle((j, i), 0.96, 0.92, color=colours[steps[i, j]]))
-        word = world.words[tokens[i, j]]
-        word = word if len(word) < 14 else word.split(" > ")[-1][:12] + "…"
-        ax.text(j + 0.48, i + 0.46, word, ha="center", va="center", fontsize=8, color="black" if steps[i, j] < n_steps / 2 else "white")
-    for s in range(n_steps):
-        ax.plot([], [], "s", color=colours[s], ms=9, label=f"step {s + 1}")
-    ax.set(xlim=(0, B), ylim=(len(tokens), 0), yticks=np.arange(len(tokens)) + 0.5, yticklabels=[f"block {i + 1}" for i in range(len(tokens))],
-           xticks=[], title=f"{int(shown.sum())} tokens in {int(decoded.forwards[0])} forwards")
-    ax.legend(ncol=n_steps, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
-    return fig
 
 
 if __name__ == "__main__":

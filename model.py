@@ -4,6 +4,8 @@ The attention mask is an argument, so the same weights serve both; there is no t
 [MASK] tokens in a block already says how far denoising has come. Rotary positions (arXiv 2104.09864), RMSNorm, tied
 embeddings, no biases.
 """
+import copy
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -19,16 +21,28 @@ class KVCache:
         shape = (len(model.blocks), n_rows, n_slots, ref.shape[1])
         self.k, self.v = ref.new_empty(shape), ref.new_empty(shape)
         self.k.zero_(), self.v.zero_()  # slots not yet written are masked, but 0 * NaN would still be NaN
+        self.rows = None
+
+    def of(self, rows):
+        """The same cache for a forward over some of its rows (M,) only."""
+        view = copy.copy(self)
+        view.rows = rows
+        return view
 
     def write(self, layer, k, v, slots):
         """Store k, v (N, T, d) at `slots`: a slice, the same for all rows (cheap), or (N, T) indices, each row its own."""
         if isinstance(slots, slice):
             self.k[layer][:, slots], self.v[layer][:, slots] = k, v
         else:
-            n_slots = self.k.shape[2]
-            flat = (slots + torch.arange(len(slots), device=slots.device)[:, None] * n_slots).flatten()
+            rows = torch.arange(len(slots), device=slots.device) if self.rows is None else self.rows
+            flat = (slots + rows[:, None] * self.k.shape[2]).flatten()
             self.k[layer].view(-1, k.shape[-1]).index_copy_(0, flat, k.flatten(0, 1))
             self.v[layer].view(-1, v.shape[-1]).index_copy_(0, flat, v.flatten(0, 1))
+
+    def read(self, layer, n_keys):
+        """Keys and values (N, n_keys, d) of the first slots: a view, or a copy where the forward has some of the rows only."""
+        rows = slice(None) if self.rows is None else self.rows
+        return self.k[layer][rows, :n_keys], self.v[layer][rows, :n_keys]
 
     def keep(self, rows):
         """Drop every row but `rows` (M,): a copy, so worth it only when many rows have finished."""
@@ -39,6 +53,34 @@ def rotate(x, cos, sin):
     """Rotary embedding (RoFormer, eq. 34): x (N, T, H, hd) rotated in hd/2 planes by the angles (N, T, 1, hd/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def attend(q, k, v, mask):
+    """Attention: q (N, H, T, hd), k, v (N, H, S, hd), mask bool broadcastable to (N, H, T, S) -> (N, H, T, hd).
+
+    On a CPU in bfloat16 it is written out: forward and backward take 12 ms where PyTorch's fused kernel takes 36 (batch
+    32, 154 tokens, 2 heads of 64; the ratio is 10 at 4 heads of 32).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return scores.masked_fill(~mask, -1e4).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_segments(q, k, v, mask, segment):
+    """Attention over [shared ; segments]: every slot sees shared slots, a slot of a segment also its whole segment.
+
+    q, k, v (N, H, S + M segment, hd), mask bool (N, 1, S + M segment, S) over the shared keys -> like q. Compared with one
+    dense mask over everything, it leaves out segment x segment, most of the work: segments never see each other.
+    """
+    S = mask.shape[-1]
+    shared = attend(q[:, :, :S], k[:, :, :S], v[:, :, :S], mask[:, :, :S])
+    q, own_k, own_v = (x[:, :, S:].unflatten(2, (-1, segment)) for x in (q * q.shape[-1] ** -0.5, k, v))  # (N, H, M, B, hd)
+    to_shared = (q.flatten(2, 3) @ k[:, :, :S].transpose(-1, -2)).masked_fill(~mask[:, :, S:], -1e4)  # (N, H, M B, S)
+    to_own = (q @ own_k.transpose(-1, -2)).flatten(2, 3)  # (N, H, M B, B)
+    p = torch.cat((to_shared, to_own), dim=-1).softmax(-1)
+    y = p[..., :S] @ v[:, :, :S] + (p[..., S:].unflatten(2, (-1, segment)) @ own_v).flatten(2, 3)
+    return torch.cat((shared, y), dim=2)
 
 
 class Block(nn.Module):
@@ -53,17 +95,18 @@ class Block(nn.Module):
         self.up = nn.Linear(d_model, 4 * d_model, bias=False)
         self.down = nn.Linear(4 * d_model, d_model, bias=False)
 
-    def forward(self, x, mask, cos, sin, cache=None, layer=None, slots=None, n_keys=None):
+    def forward(self, x, mask, cos, sin, cache=None, layer=None, slots=None, n_keys=None, segment=0):
         """x (N, T, d) -> (N, T, d). With a cache, keys and values are written to `slots` first and the queries see
-        slots [0, n_keys); mask is (N, 1, T, n_keys), without a cache (N, 1, T, T)."""
+        slots [0, n_keys); mask is (N, 1, T, n_keys), without a cache (N, 1, T, T), with segments see attend_segments."""
         N, T, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(N, T, 3, self.n_head, d // self.n_head).unbind(2)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # autocast may have made q bfloat16
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             cache.write(layer, k.reshape(N, T, d), v.reshape(N, T, d), slots)
-            k = cache.k[layer][:, :n_keys].view(N, n_keys, self.n_head, -1)
-            v = cache.v[layer][:, :n_keys].view(N, n_keys, self.n_head, -1)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+            k, v = (x.view(N, n_keys, self.n_head, -1) for x in cache.read(layer, n_keys))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = attend_segments(q, k, v, mask, segment) if segment else attend(q, k, v, mask)
         x = x + self.out(y.transpose(1, 2).reshape(N, T, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -85,13 +128,14 @@ class GPT(nn.Module):
                 shrink = (2 * n_layer) ** 0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 / shrink)
 
-    def forward(self, tokens, positions, mask, cache=None, slots=None, n_keys=None):
-        """tokens, positions (N, T) int; mask bool, True = may attend, broadcastable to (N, H, T, keys).
+    def forward(self, tokens, positions, mask, cache=None, slots=None, n_keys=None, segment=0):
+        """tokens, positions (N, T) int; mask bool, True = may attend, broadcastable to (N, H, T, keys); segment > 0: the slots
+        behind the mask's keys are segments of that length, each of which sees itself too (attend_segments).
         Returns the normalised hidden states (N, T, d_model)."""
         x = self.embed(tokens)
         cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, mask, cos, sin, cache, layer, slots, n_keys)
+            x = block(x, mask, cos, sin, cache, layer, slots, n_keys, segment)
         return self.norm(x)
 
     def logits(self, hidden):

@@ -11,11 +11,13 @@ mix as an anchor: without it, distillation has been seen to move the student alo
 import torch
 import torch.nn.functional as F
 
-from common import Run, device_of, draw_batch, generator, half, load_stage, script, valid_rate
-from data import load_world, tensors
-from diffusion import NEVER, block_decode, decode_states, full_precision, stream_hidden
+from common import Run, device_of, draw_batch, generator, half, load_stage, script, start_from, valid_rate
+from data import ANSWER, LABEL, load_world, tensors
+from diffusion import (NEVER, Decoded, block_decode, decode_states, every_block, fill_last_block, full_precision,
+                       segment_hidden)
 from model import MASK, PAD, causal_hidden
-from train_cft import cft_loss, teacher_outputs, validate
+from train_ar import token_weights
+from train_cft import answer_blocks, cft_loss, teacher_outputs, validate
 
 
 def divergence(student_logits, teacher_logits, kind, beta=0.5):
@@ -35,37 +37,99 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
 
 
-def rollout(cfg, world, student, gen):
-    """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded, share of valid ones."""
-    rows = draw_batch(world.train.k, cfg.batch_size, gen)
+def rollout(cfg, world, student, outputs, gen):
+    """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded, share of valid ones.
+
+    With opd_source="teacher" the text is the teacher's and the states are random: a token's commit step is its place in a
+    random order of its block, the first slot's 0.
+    """
+    rows = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen)
     prompt, _ = tensors(world.train, rows, gen.device)
-    decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "threshold", cfg.opd_tau)
+    if cfg.opd_source == "student":
+        decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "threshold", cfg.opd_tau,
+                               cfg.opd_rollout_temperature, gen)
+    else:
+        tokens, B = outputs[rows].to(gen.device), cfg.block_size
+        filled, real = fill_last_block(tokens, B)
+        order = torch.rand(len(rows), filled.shape[1] // B, B, generator=gen, device=gen.device)
+        order[..., 0] = -1
+        step = torch.where(real, order.argsort(-1).argsort(-1).flatten(1), NEVER)
+        tokens = F.pad(tokens, (0, filled.shape[1] - tokens.shape[1]), value=PAD)
+        decoded = Decoded(tokens, torch.where(real, filled, MASK), step, torch.zeros(step.shape, device=gen.device), None)
     return prompt, decoded, valid_rate(decoded.tokens, world.train, rows)
 
 
-def opd_loss(cfg, student, teacher, prompt, decoded, gen):
-    """Mean divergence per token in states of the student's own decode, a scalar.
+def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
+    """Weighted mean divergence per token in states of the student's own decode, a scalar.
 
-    One state a block, drawn uniformly from the steps that the sampler took in it; every token still masked there counts
-    (the first token of a block always does, from the clean stream). The target for token i is the teacher's AR
-    distribution at i-1 on the student's finished text; nothing behind the first [EOS] counts.
+    One state a block, more for the answer's blocks, drawn uniformly from the steps that the sampler took there. Scored are
+        masked     all tokens still masked in that state,
+        committed  those that the sampler committed there, or
+        next       the leftmost masked one, the only one whose left context the teacher and the student share;
+    and the first token of a block, from the clean stream. The target for token i is the teacher's AR distribution at i-1 on
+    the student's finished text; nothing behind the first [EOS] counts.
     """
     B, (N, R) = cfg.block_size, decoded.tokens.shape
-    per_block = decoded.commit_step.masked_fill(decoded.commit_step == NEVER, -1).view(N, R // B, B).amax(-1) + 1
-    state = (torch.rand(per_block.shape, generator=gen, device=gen.device) * per_block).long()  # (N, blocks)
-    noised = decode_states(decoded, state.repeat_interleave(B, 1)[:, None])  # (N, 1, R)
-    hidden = stream_hidden(student, prompt, decoded.clean, noised, B)[:, 0]  # (N, R, d)
-    first = torch.arange(R, device=gen.device) % B == 0
-    scored = (decoded.tokens != PAD) & (first | (noised[:, 0] == MASK))
+    block = torch.cat((every_block(decoded.tokens, B), answer_blocks(decoded.tokens, B, cfg.opd_answer_states)), 1)  # (N, M)
+    of_block = lambda x: x.view(N, -1, B).gather(1, block[..., None].expand(-1, -1, B))  # (N, R) -> (N, M, B)
+    step = of_block(decoded.commit_step)
+    n_steps = step.masked_fill(step == NEVER, -1).amax(-1) + 1
+    state = (torch.rand(n_steps.shape, generator=gen, device=gen.device) * n_steps).long()  # (N, M)
+    noised, masked = decode_states(decoded, block, state, B)  # (N, M, B)
+    hidden = segment_hidden(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
+    first = torch.arange(B, device=gen.device) == 0
+    if cfg.opd_states == "committed":
+        masked = step == state[..., None]
+    elif cfg.opd_states == "next":
+        masked = masked & (masked.cumsum(-1) == 1)
+    scored = of_block(decoded.tokens != PAD) & (first | masked)
+    if cfg.opd_cut:
+        scored &= ~of_block(behind_a_wrong_label(decoded.tokens, n_labels))
     with torch.no_grad():
-        target = full_precision(teacher.logits(causal_hidden(teacher, prompt, decoded.tokens)[scored]))  # (M, V)
-    return divergence(full_precision(student.logits(hidden[scored])), target, cfg.opd_divergence, cfg.opd_beta).mean()
+        hidden_t = causal_hidden(teacher, prompt, decoded.tokens).view(N, R // B, B, -1)
+        hidden_t = hidden_t.gather(1, block[..., None, None].expand(-1, -1, B, hidden_t.shape[-1]))[scored]
+        target = full_precision(teacher.logits(hidden_t)) / cfg.opd_temperature  # (scored, V)
+        if cfg.opd_exclude:
+            target = target.masked_fill(labels_shown(noised, of_block(in_answer(decoded.tokens)), n_labels, target.shape[1])[scored], -1e4)
+    distance = divergence(full_precision(student.logits(hidden[scored])), target, cfg.opd_divergence, cfg.opd_beta)
+    # A state in which few tokens are left weighs as much as one with many (as 1/t does in the CFT loss): there the last
+    # labels must be told from those that are taken. Nor do more states of a block make it weigh more.
+    times = (block[:, :, None] == block[:, None]).sum(2)[..., None]  # (N, M, 1)
+    tokens = of_block(decoded.tokens != PAD).sum(-1, keepdim=True)
+    share = tokens / scored.sum(-1, keepdim=True).clamp(min=1) / times
+    weight = (of_block(token_weights(decoded.tokens, cfg.answer_weight)) * share)[scored]
+    return (distance * weight).sum() / weight.sum()
+
+
+def in_answer(tokens):
+    """Which tokens (N, R) stand behind <answer>: bool (N, R)."""
+    return (tokens == ANSWER).cumsum(1) - (tokens == ANSWER).int() > 0
+
+
+def labels_shown(noised, answer, n_labels, n_words):
+    """Words that the target of a slot must not be: the labels that the answer shows already in this state. noised, answer
+    (N, M, B) -> bool (N, M, B, V), False outside the answer.
+
+    The AR teacher reads from the left: to the slots before it, it gives labels that the student has committed further right.
+    """
+    words = torch.arange(n_words, device=noised.device)
+    is_label = (words >= LABEL) & (words < LABEL + n_labels)
+    shown = ((noised[..., None] == words) & answer[..., None]).any(2, keepdim=True) & is_label  # (N, M, 1, V)
+    return shown & answer[..., None]
+
+
+def behind_a_wrong_label(tokens, n_labels):
+    """Which tokens (N, R) stand behind a label that the answer had already: bool (N, R)."""
+    answer = ((tokens == ANSWER).cumsum(1) > 0) & (tokens >= LABEL) & (tokens < LABEL + n_labels)  # (N, R)
+    again = (tokens[:, :, None] == tokens[:, None]) & answer[:, None] & answer[:, :, None]  # (N, R, R)
+    wrong = again.tril(-1).any(2)
+    return wrong.cumsum(1) - wrong.long() > 0
 
 
 def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run):
     """One step on opd_weight * D + opd_anchor * CFT loss."""
     with half(cfg, gen.device):
-        distance = opd_loss(cfg, student, teacher, prompt, decoded, gen)
+        distance = opd_loss(cfg, student, teacher, prompt, decoded, gen, world.n_labels)
     loss = cfg.opd_weight * distance
     if cfg.opd_anchor:
         loss = loss + cfg.opd_anchor * cft_loss(cfg, world, student, outputs, gen)
@@ -75,12 +139,12 @@ def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run):
 def main(cfg):
     world = load_world(cfg)
     teacher, _ = load_stage(cfg, "ar", world)
-    student, _ = load_stage(cfg, "cft", world)
+    student = start_from(cfg, world, "cft")
     run = Run(cfg, "opd", student, world)
     outputs = teacher_outputs(cfg, world, teacher)
     for step in run.steps():
         gen = generator(cfg, "opd", step, device_of(cfg))
-        prompt, decoded, rollout_valid = rollout(cfg, world, student, gen)
+        prompt, decoded, rollout_valid = rollout(cfg, world, student, outputs, gen)
         log = update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run) | {"rollout_valid": rollout_valid}
         if run.time_to_validate():
             log |= validate(cfg, world, student)

@@ -14,7 +14,7 @@ gradient tells the model so, since the choice of positions is held fixed in the 
 import numpy as np
 import torch
 
-from common import Run, device_of, draw_batch, generator, half, load_stage, script
+from common import Run, device_of, draw_batch, generator, half, load_stage, script, start_from
 from data import load_world, parse_answers, tensors
 from diffusion import block_decode, replay_logp
 from model import PAD
@@ -64,9 +64,10 @@ def rollout(cfg, world, model, candidates, gen):
     prompt, _ = tensors(world.train, rows, gen.device)
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, "threshold", cfg.rl_tau, cfg.rl_temperature,
                            gen)
-    answers = parse_answers(decoded.tokens.cpu().numpy(), world.train.k[rows], world.train.order.shape[1])
-    before, k = world.train.target[rows].astype(np.int64), world.train.k[rows]
-    after = (answers.order == before[:, None]).argmax(1)
+    incoming = world.train.incoming[rows]
+    answers = parse_answers(decoded.tokens.cpu().numpy(), incoming)
+    target, k = world.train.target[rows, None], (incoming >= 0).sum(1)
+    before, after = (incoming == target).argmax(1), (answers.order == target).argmax(1)
     rewards = reward(before, after, k, answers.valid, cfg.rl_alpha, cfg.rl_conditional)
     log = {"reward": rewards.mean(), "sampled_valid": answers.valid.mean(), "identity": answers.identity.mean()}
     return prompt, decoded, torch.from_numpy(rewards).view(cfg.rl_prompts, cfg.rl_group).float(), log
@@ -101,7 +102,7 @@ def update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run):
 
 def main(cfg):
     world = load_world(cfg)
-    model, _ = load_stage(cfg, "opd", world)
+    model = start_from(cfg, world, "opd")
     run = Run(cfg, "rl", model, world)
     outputs = teacher_outputs(cfg, world, load_stage(cfg, "ar", world)[0])
     candidates = np.flatnonzero(world.train.target >= 0)

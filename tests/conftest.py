@@ -7,6 +7,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 torch.set_num_threads(1)
 
+from diffusion import every_block, segment_hidden  # noqa: E402
 from model import EOS, GPT, PAD  # noqa: E402
 
 VOCAB = 10
@@ -38,3 +39,10 @@ def left_padded(lengths, seed=0):
 
 def close(a, b, atol=1e-9):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def stream_hidden(model, prompt, clean, noised, B):
+    """segment_hidden for whole noised responses (N, S, R) -> (N, S, R, d): S copies of every block."""
+    N, S, R = noised.shape
+    block = every_block(clean, B).repeat(1, S)
+    return segment_hidden(model, prompt, clean, noised.reshape(N, -1, B), block).view(N, S, R, -1)

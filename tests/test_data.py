@@ -47,7 +47,7 @@ def text(world, tokens):
     ([EOS], 3, [0, 1, 2, -1], "mi", 0)])
 def test_parse_answers_by_hand(tokens, k, order, flags, trace_tokens):
     padded = np.array([tokens + [PAD] * (8 - len(tokens)), [ANSWER, L1, L2, EOS] + [PAD] * 4])  # and a valid neighbour
-    got = parse_answers(padded, np.array([k, 2], np.int8), 4)
+    got = parse_answers(padded, np.where(np.arange(4) < np.array([[k], [2]]), np.arange(4), -1))
     assert got.order[0].tolist() == order and got.trace_tokens[0] == trace_tokens
     names = dict(v="valid", d="duplicated", m="dropped", o="out_of_set", i="identity")
     assert "".join(c for c in "vdmoi" if getattr(got, names[c])[0]) == flags
@@ -83,10 +83,31 @@ def test_faithfulness_by_hand(trace, score, end):
     assert faithfulness(tokens, np.array([RULE + [PAD]]), 16)[0] == pytest.approx(score)
 
 
+def test_repair_and_identity_follow_the_incoming_order_of_random_labels():
+    incoming = np.array([[2, 0, 1, -1]] * 3)
+    tokens = np.array([[WORD, ANSWER, L3, L1, L2, EOS], [WORD, ANSWER, L2, EOS, PAD, PAD], [WORD, ANSWER, L1, L2, L3, EOS]])
+    got = parse_answers(tokens, incoming)
+    assert got.order.tolist() == [[2, 0, 1, -1], [1, 2, 0, -1], [0, 1, 2, -1]]
+    assert got.identity.tolist() == [True, False, False] and got.valid.tolist() == [True, False, True]
+
+
+def test_random_labels_name_the_same_candidates_in_another_way():
+    plain, random = (toy_world(replace(CFG, random_labels=r)).val for r in (False, True))
+    assert not np.array_equal(random.incoming, plain.incoming) and np.array_equal(np.sort(random.incoming), np.sort(plain.incoming))
+    for split in (plain, random):  # the same labels stand in the prompt, the trace and the incoming order
+        for n in range(len(split)):
+            labels = split.incoming[n][split.incoming[n] >= 0] + LABEL
+            for text in (split.prompt[n], split.trace[n]):
+                assert [t for t in text.tolist() if LABEL <= t < LABEL + CFG.n_labels] == labels.tolist()
+    some = range(5)
+    assert any((random.order[n] != plain.order[n]).any() for n in some)
+    assert (responses(random.trace, random.order) != PAD).sum() == (responses(plain.trace, plain.order) != PAD).sum()
+
+
 def test_reference_responses_are_valid_and_faithful(world):
     for split in (world.train, world.val, world.test):
         tokens = responses(split.trace, split.order)
-        answers = parse_answers(tokens, split.k, CFG.max_list)
+        answers = parse_answers(tokens, split.incoming)
         assert answers.valid.all() and (answers.order == split.order).all()
         assert (answers.trace_tokens == (split.trace != PAD).sum(1)).all()
         assert (faithfulness(tokens, split.trace, world.n_labels) == 1).all()

@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import VOCAB, close, left_padded, tiny_gpt, words
-from diffusion import (NEVER, block_decode, choose, decode_states, diffusion_loss, draw_noise, fill_last_block,
-                       replay_logp, stream_hidden, stream_mask)
+import diffusion
+from conftest import VOCAB, close, left_padded, stream_hidden, tiny_gpt, words
+from diffusion import (NEVER, block_decode, choose, decode_states, diffusion_loss, draw_noise,
+                       fill_last_block, replay_logp, segment_hidden, segment_mask)
 from model import EOS, MASK, PAD, ar_decode, causal_hidden
 
 LENGTHS = [4, 1, 6, 3, 5, 2]  # of the prompts: shorter and longer than a block
 RULES = [("threshold", 0.3), ("threshold", 0.6), ("threshold", 0.9), ("threshold", 1.5),
-         ("factor", 0.5), ("factor", 1.2), ("factor", 3.0)]
+         ("factor", 0.5), ("factor", 1.2), ("factor", 3.0), ("steps", 2)]
 
 
 def gen(seed=0):
@@ -34,16 +35,18 @@ def block_hidden(model, prompt, clean, state, B, b):
     return plain_hidden(model, prompt, torch.cat((clean[:b * B], state)), B)[b * B:]
 
 
-# --- The mask and the two-stream forward -------------------------------------------------------------------------------
+# --- The mask and the forward over noised segments ---------------------------------------------------------------------
 
-@pytest.mark.parametrize("P, R, B, S", [(3, 6, 2, 1), (1, 4, 1, 2), (2, 6, 3, 0), (4, 8, 4, 2), (2, 5, 2, 2)])
-def test_stream_mask_equals_the_loops_of_its_definition(P, R, B, S):
-    where = [(0, i - P) for i in range(P)] + [(s, r // B) for s in range(S + 1) for r in range(R)]  # (stream, block)
-    mask = stream_mask(P, R, B, S)
-    assert mask.shape == (len(where), len(where))
-    for (q, (sq, bq)), (k, (sk, bk)) in itertools.product(enumerate(where), enumerate(where)):
-        sees = (sq == sk and bq == bk) or (sq > 0 and sk == 0 and bq > bk) or (sq == 0 and sk == 0 and bq >= bk)
-        assert mask[q, k] == sees, (q, k)
+@pytest.mark.parametrize("P, R, B, blocks", [(3, 6, 2, [[0, 1, 2], [2, 2, 0]]), (1, 4, 1, [[3, 0]]), (2, 6, 3, [[], []]),
+                                             (4, 8, 4, [[1], [0], [1]]), (2, 4, 2, [[1, 1, 1, 1, 0]])])
+def test_segment_mask_equals_the_loops_of_its_definition(P, R, B, blocks):
+    mask = segment_mask(P, R, B, torch.tensor(blocks, dtype=torch.long).view(len(blocks), -1))
+    for row, of_row in zip(mask, blocks):
+        shared = [i - P for i in range(P)] + [r // B for r in range(R)]  # the block of every key
+        queries = [(False, b) for b in shared] + [(True, b) for b in of_row for _ in range(B)]  # (noised, block)
+        assert row.shape == (len(queries), len(shared))
+        for (q, (noised, bq)), (k, bk) in itertools.product(enumerate(queries), enumerate(shared)):
+            assert row[q, k] == (bq > bk if noised else bq >= bk), (q, k)
 
 
 @pytest.mark.parametrize("B", [1, 2, 3, 4])
@@ -62,6 +65,16 @@ def test_every_state_is_seen_as_if_it_stood_alone_behind_clean_blocks(B, S):
     for n, s, b in itertools.product(range(len(LENGTHS)), range(S), range(12 // B)):
         alone = block_hidden(model, prompt[n, -LENGTHS[n]:], clean[n], noised[n, s, b * B:(b + 1) * B], B, b)
         close(hidden[n, s, b * B:(b + 1) * B], alone)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 4])
+def test_segments_may_come_in_any_order_and_number_each_row_its_own(B):
+    model, prompt, clean = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 12, seed=1)
+    block = torch.randint(12 // B, (len(LENGTHS), 5), generator=gen())
+    noised = torch.where(torch.rand(*block.shape, B, generator=gen(1)) < 0.5, MASK, words(*block.shape, B, seed=2))
+    hidden = segment_hidden(model, prompt, clean, noised, block)
+    for n, m in itertools.product(range(len(LENGTHS)), range(5)):
+        close(hidden[n, m], block_hidden(model, prompt[n, -LENGTHS[n]:], clean[n], noised[n, m], B, int(block[n, m])))
 
 
 @pytest.mark.parametrize("B", [2, 3, 4])
@@ -135,7 +148,11 @@ def test_ar_log_probabilities_are_those_of_the_tempered_model(temperature):
     ("factor", 1.0, [.8, .9, .7, .95], [1, 0, 1, 1], [1, 0, 0, 1]),     # 2 x .05, 3 x .2; 4 x .3 = 1.2
     ("factor", 1.3, [.8, .9, .7, .95], [1, 0, 1, 1], [1, 0, 1, 1]),
     ("factor", 0.05, [.8, .9, .7, .95], [1, 1, 1, 1], [0, 0, 0, 1]),
-    ("factor", 9.0, [.8, .9, .7, .95], [1, 0, 1, 0], [1, 0, 1, 0])])
+    ("factor", 9.0, [.8, .9, .7, .95], [1, 0, 1, 0], [1, 0, 1, 0]),
+    ("steps", 2, [.8, .9, .7, .95], [1, 1, 1, 1], [0, 1, 0, 1]),        # 4 slots in 2 steps: 2 a step
+    ("steps", 3, [.8, .9, .7, .95], [1, 0, 1, 1], [1, 0, 0, 1]),        # rounded up: 2 a step
+    ("steps", 4, [.8, .9, .7, .95], [1, 0, 1, 0], [1, 0, 0, 0]),
+    ("steps", 1, [.1, .2, .7, .95], [1, 0, 1, 1], [1, 0, 1, 1])])
 def test_choose_by_hand(rule, tau, confidence, open_, chosen):
     confidence, open_ = torch.tensor([confidence]), torch.tensor([open_]).bool()
     none = torch.zeros_like(open_)
@@ -172,6 +189,8 @@ def reference_decode(model, prompt, max_len, B, rule, tau):
             ranked = sorted((j for j in range(end) if block[j] == MASK), key=lambda j: -conf[j])
             if rule == "threshold":
                 chosen = {j for j in ranked if conf[j] > tau}
+            elif rule == "steps":
+                chosen = set(ranked[:math.ceil(B / tau)])
             else:
                 chosen = set()
                 for n in range(1, len(ranked) + 1):
@@ -193,8 +212,9 @@ def reference_decode(model, prompt, max_len, B, rule, tau):
 
 @pytest.mark.parametrize("B", [1, 2, 3, 4])
 @pytest.mark.parametrize("rule, tau", RULES)
-def test_cached_batched_fused_sampler_equals_the_uncached_reference(B, rule, tau):
-    for seed in (0, 3):
+def test_cached_batched_fused_sampler_equals_the_uncached_reference(B, rule, tau, monkeypatch):
+    for seed, split in ((0, 100), (3, 1)):  # one forward for all rows; one for those that open a block, one for the others
+        monkeypatch.setattr(diffusion, "SPLIT", split)
         model, prompt = tiny_gpt(seed), left_padded(LENGTHS, seed)
         decoded = block_decode(model, prompt, 11, B, rule, tau)  # 11: not whole blocks
         for n, length in enumerate(LENGTHS):
@@ -268,6 +288,21 @@ def test_nothing_is_committed_or_counted_behind_a_committed_eos(B, temperature):
     assert never and early and later
 
 
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_behind_a_given_prefix_the_sampler_goes_on_as_if_it_had_written_it(B):
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    whole = block_decode(model, prompt, 12, B, "threshold", 0.6)
+    long = ((whole.tokens != PAD).sum(1) > B).nonzero()[:, 0]
+    assert len(long) > 2
+    prefix = whole.filled[long, :B]
+    behind = block_decode(model, prompt[long], 12, B, "threshold", 0.6, prefix=prefix)
+    assert torch.equal(behind.tokens, whole.tokens[long])
+    close(behind.logp[:, B:], whole.logp[long, B:])
+    other = torch.where(prefix == 3, 4, 3)
+    forged = block_decode(model, prompt[long], 12, B, "threshold", 0.6, prefix=other)
+    assert torch.equal(forged.filled[:, :B], other) and not torch.equal(forged.tokens, behind.tokens)
+
+
 def test_constraint_reaches_the_right_rows_and_slots_when_rows_have_left():
     lengths = torch.tensor([3, 9, 1, 6, 7, 5])  # of the responses that the constraint dictates, [EOS] included
     word = lambda n, i: torch.where(i == lengths[n] - 1, EOS, 3 + (2 * n + i) % (VOCAB - 3))
@@ -313,8 +348,8 @@ def test_replayed_log_probabilities_are_the_recorded_ones(B, rule, tau, temperat
         model, prompt = tiny_gpt(seed), left_padded(LENGTHS, seed)
         decoded = block_decode(model, prompt, 12, B, rule, tau, temperature, gen(seed))
         assert len(set((decoded.tokens != PAD).sum(1).tolist())) > 1
-        for max_streams in (1, 2, 4):
-            logp = replay_logp(model, prompt, decoded, B, temperature, max_streams)
+        for max_segments in (1, 5, 16):
+            logp = replay_logp(model, prompt, decoded, B, temperature, max_segments)
             close(logp, decoded.logp)
         assert logp.requires_grad
         rows = torch.tensor([4, 1])
@@ -324,10 +359,9 @@ def test_replayed_log_probabilities_are_the_recorded_ones(B, rule, tau, temperat
 def test_decode_states_show_what_was_committed_before():
     class D:
         filled, commit_step = torch.tensor([[5, 6, 7, EOS, 8, MASK]]), torch.tensor([[0, 2, 0, 1, 0, NEVER]])
-    assert decode_states(D, torch.arange(4)).tolist() == [[[1, 1, 1, 1, 1, 1], [5, 1, 7, 1, 8, 1],
-                                                           [5, 1, 7, EOS, 8, 1], [5, 6, 7, EOS, 8, 1]]]
-    own = torch.tensor([[[1, 1, 1, 1, 0, 0]]])  # a step of its own for each slot
-    assert decode_states(D, own).tolist() == [[[5, 1, 7, 1, 1, 1]]]
+    noised, masked = decode_states(D, torch.tensor([[0, 0, 1, 1, 0]]), torch.tensor([[0, 1, 1, 2, 3]]), 3)
+    assert noised.tolist() == [[[1, 1, 1], [5, 1, 7], [1, 8, 1], [EOS, 8, 1], [5, 6, 7]]]
+    assert torch.equal(masked, noised == MASK)
 
 
 # --- Noise and loss -----------------------------------------------------------------------------------------------------
@@ -347,26 +381,33 @@ def test_fill_last_block_by_hand():
 @pytest.mark.parametrize("kind", ["uniform", "clipped"])
 @pytest.mark.parametrize("B", [2, 4])
 def test_one_t_a_block_one_in_every_stratum_and_masks_as_frequent_as_t(kind, B):
-    masks, weights = draw_noise((500, 4 * B), B, kind, 0.0, gen())
-    assert masks.shape == weights.shape == (500, 1, 4 * B)
-    masks, t = masks.view(2000, B), 1 / weights.reshape(2000, B).double()
-    assert (t == t[:, :1]).all() and not masks[:, 0].any()
+    masks, weights = draw_noise(4000, B, kind, 0.0, gen())
+    assert masks.shape == weights.shape == (4000, 1, B)
+    masks, weights = masks[:, 0], weights[:, 0].double()
+    assert not masks[:, 0].any() and (weights[:, 0] == 1).all() and torch.equal(masks[:, 1:], weights[:, 1:] > 0)
+    some = masks.any(1)
+    t = 1 / weights[:, 1:].amax(1)  # known where something is masked
+    assert ((weights[:, 1:] == 0) | (weights[:, 1:] == weights[:, 1:].amax(1, keepdim=True))).all()
     low, high = {"uniform": (0, 1), "clipped": (0.3, 0.8)}[kind]
-    place = ((t[:, 0] - low) / (high - low)).sort().values * 2000
-    assert (place - torch.arange(2000) > -0.01).all() and (place - torch.arange(2000) < 1.01).all()
-    off = masks[:, 1:].double() - t[:, 1:]  # mean 0 at every t
-    for part in (off[t[:, 0] < 0.5], off[t[:, 0] > 0.5]):
-        assert part.mean().abs() < 4 * 0.5 / part.numel() ** 0.5
-    neighbours = t[:, 0].view(500, 4)[:, :2]
-    assert torch.corrcoef(neighbours.T)[0, 1].abs() < 0.2  # strata are dealt out at random, not in rows
+    assert (t[some] > low).all() and (t[some] <= high + 1e-6).all()
+    if B == 4 and kind == "clipped":  # strata: the share of masked slots is far less noisy than with t drawn one by one
+        assert abs(masks[:, 1:].float().mean() - 0.55) < 0.012
+    for lo, hi in itertools.pairwise([low + (high - low) * i / 4 for i in range(5)]):
+        # of n/4 blocks a stratum, those with something masked: the mean of 1 - (1-t)^(B-1)
+        expected = sum(1 - (1 - (lo + (hi - lo) * (i + 0.5) / 100)) ** (B - 1) for i in range(100)) / 100
+        assert abs(((t > lo) & (t <= hi) & some).float().mean() * 4 - expected) < 0.06
+    first, second = t[::2], t[1::2]
+    both = some[::2] & some[1::2]
+    assert torch.corrcoef(torch.stack((first[both], second[both])))[0, 1].abs() < 0.1  # dealt out at random, not in rows
 
 
 @pytest.mark.parametrize("first_step", [0.0, 0.4, 1.0])
-def test_complementary_streams_mask_every_token_once_and_first_steps_leave_the_second_clean(first_step):
-    B = 4
-    masks, weights = draw_noise((200, 3 * B), B, "complementary", first_step, gen())
-    assert (weights == 1).all() and weights.shape == masks.shape == (200, 2, 3 * B)
-    a, b = (masks[:, s].reshape(-1, B) for s in (0, 1))
+def test_complementary_pairs_mask_every_token_once_and_first_steps_leave_the_second_clean(first_step):
+    masks, weights = draw_noise(600, 4, "complementary", first_step, gen())
+    assert weights.shape == masks.shape == (600, 2, 4)
+    a, b = masks.unbind(1)
+    assert torch.equal(weights[:, :, 1:], masks[:, :, 1:].float())
+    assert (weights[:, 0, 0] == 1).all() and (weights[:, 1, 0] == 0).all()
     assert (a[:, 1:] ^ b[:, 1:]).all() and not b[:, 0].any()
     first = a[:, 0]
     assert a[first].all() and not b[first].any()
@@ -376,11 +417,11 @@ def test_complementary_streams_mask_every_token_once_and_first_steps_leave_the_s
 
 @pytest.mark.parametrize("kind", ["uniform", "clipped"])
 def test_first_step_blocks_are_all_masked_with_weight_one(kind):
-    masks, weights = draw_noise((200, 12), 4, kind, 0.5, gen())
-    masks, weights = masks.view(-1, 4), weights.reshape(-1, 4)
+    masks, weights = (x[:, 0] for x in draw_noise(600, 4, kind, 0.5, gen()))
     first = masks[:, 0]
     assert 0.4 < first.float().mean() < 0.6 and masks[first].all() and (weights[first] == 1).all()
-    assert (weights[~first] > 1).all()
+    rest = weights[~first][:, 1:]
+    assert (rest[rest > 0] > 1).all() and (weights[:, 0] == 1).all()
 
 
 def subset_weight(kind, m, n):
@@ -411,11 +452,12 @@ def enumerated_loss(model, prompt, response, weight, B, kind, first_step):
     return total
 
 
-@pytest.mark.parametrize("B, kind, first_step, weighted", [
-    (3, "uniform", 0.0, False), (4, "uniform", 0.0, True), (3, "uniform", 0.4, True),
-    (4, "clipped", 0.0, False), (3, "complementary", 0.0, True), (4, "complementary", 0.4, False)])
+@pytest.mark.parametrize("B, kind, first_step, weighted, extra", [
+    (3, "uniform", 0.0, False, []), (4, "uniform", 0.0, True, [0, 0, 0]), (3, "uniform", 0.4, True, []),
+    (4, "clipped", 0.0, False, []), (3, "complementary", 0.0, True, [0]), (4, "complementary", 0.4, False, []),
+    (3, "complementary", 0.3, False, [0, 0])])
 @torch.no_grad()
-def test_monte_carlo_mean_of_the_loss_is_the_enumerated_bound(B, kind, first_step, weighted):
+def test_monte_carlo_mean_of_the_loss_is_the_enumerated_bound(B, kind, first_step, weighted, extra):
     model, prompt, filled = tiny_gpt(), left_padded([2, 4]), words(2, 2 * B, seed=1)
     if weighted:  # rows of two blocks and one
         filled[1, B:], response = PAD, filled
@@ -429,7 +471,8 @@ def test_monte_carlo_mean_of_the_loss_is_the_enumerated_bound(B, kind, first_ste
     exact /= weight[0].sum() + weight[1, :B].sum()
     many = lambda x: x.repeat(150, 1)
     draws = torch.stack([diffusion_loss(model, many(prompt), many(response), B, kind, first_step, gen(seed),
-                                        many(weight) if weighted else None) for seed in range(30)])
+                                        many(weight) if weighted else None,
+                                        torch.tensor(extra).expand(300, -1) if extra else None) for seed in range(30)])
     error = draws.std() / 30 ** 0.5
     assert error < 0.02 * exact
     assert (draws.mean() - exact).abs() < 4 * error
@@ -439,8 +482,7 @@ def test_monte_carlo_mean_of_the_loss_is_the_enumerated_bound(B, kind, first_ste
 def test_the_loss_is_divided_by_the_number_of_tokens_and_not_by_the_weights_drawn():
     model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 9, seed=1)
     model.embed.weight.zero_()  # every token costs log(V - 2)
-    masks, weights = draw_noise((len(LENGTHS), 9), 3, "uniform", 0.3, gen(1))
-    count = torch.where(torch.arange(9) % 3 == 0, 1.0, masks * weights).sum()
+    count = draw_noise(len(LENGTHS) * 3, 3, "uniform", 0.3, gen(1))[1].sum()
     loss = diffusion_loss(model, prompt, response, 3, "uniform", 0.3, gen(1))
     close(loss, math.log(VOCAB - 2) * count.double() / response.numel(), atol=1e-5)
     assert (count / response.numel() - 1).abs() > 0.01

@@ -31,7 +31,7 @@ def tiny_world(answers, targets, k=3):
     """Split of lists of length 3 whose traces are one profile and nothing else, and the responses to it."""
     n = len(answers)
     split = Split(np.full((n, 2), 9, np.int16), np.full((n, 1), 6, np.int16), np.tile(np.arange(k), (n, 1)).astype(np.int8),
-                  np.array(targets, np.int8), np.full(n, k, np.int8))
+                  np.array(targets, np.int8), np.tile(np.arange(k), (n, 1)).astype(np.int8))
     tokens = np.full((n, 8), PAD)
     for row, answer in zip(tokens, answers):
         full = [6, ANSWER, *(LABEL + a for a in answer), EOS]

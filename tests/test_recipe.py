@@ -2,15 +2,18 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
+import analyse
 import common
 import evaluate
 import train_ar
 import train_cft
 import train_opd
 import train_rl
+from data import responses, tensors
 from make_beauty import make_beauty
 
 TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --eval_batch 8 "
@@ -47,7 +50,7 @@ def checkpoint(run_dir, stage, config="toy"):
     (["--rl_conditional", "maybe"], "--rl_conditional must be true or false"),
     (["--block_size", "0"], "--block_size must be at least 1"),
     (["--block_size", "-3"], "--block_size must be at least 1"),
-    (["--commit", "all"], "--commit must be one of threshold, factor"),
+    (["--commit", "all"], "--commit must be one of threshold, factor, steps"),
     (["--d_model", "18", "--n_head", "4"], "--d_model must be a multiple"),
     (["--max_list", "4"], "list lengths must satisfy"),
     (["--world", "beauty", "--data_dir", "nowhere"], "there is no folder nowhere"),
@@ -76,6 +79,84 @@ def test_foreign_and_truncated_checkpoints_are_refused_and_kept(monkeypatch, cap
         assert open(path, "rb").read() == damaged  # it is for the user to delete it
     torch.save({"weights": torch.zeros(3)}, path)
     assert "no checkpoint of this project" in refused(train_cft, monkeypatch, capsys, tmp_path)
+
+
+def test_conversions_may_share_a_teacher_and_start_from_any_fitting_checkpoint(monkeypatch, capsys, tmp_path):
+    run(train_ar, monkeypatch, tmp_path / "a")
+    teacher = checkpoint(tmp_path / "a", "ar")
+    for seed in ("0", "1"):  # two conversions of one teacher, in a folder that has none of its own
+        run(train_cft, monkeypatch, tmp_path / "b", "--seed", seed, "--teacher", teacher, "--answer_weight", "2")
+    assert not os.path.exists(checkpoint(tmp_path / "b", "ar"))
+    assert sorted(os.listdir(tmp_path / "a" / "toy" / "seed0" / "ar")) == ["checkpoint.pt", "lock", "metrics.jsonl", "outputs.pt"]
+    run(evaluate, monkeypatch, tmp_path / "b", "--teacher", teacher, "--answer_weight", "2")
+    rows = json.load(open(tmp_path / "b" / "toy" / "report.json"))["rows"]
+    made = {(r["stage"], r["seed"]): r["strict"] for r in rows if r["reported"]}
+    assert made["ar", 0] == made["ar", 1] and {("cft", 0), ("cft", 1), ("cft", "mean")} <= made.keys()
+
+    start, steps = checkpoint(tmp_path / "b", "cft"), ["--max_steps", "1", "--rl_lr", "1e-9", "--block_size", "1", "--answer_weight", "2"]
+    run(train_rl, monkeypatch, tmp_path / "c", "--teacher", teacher, "--init", start, *steps)
+    before, after = torch.load(start)["model"], torch.load(checkpoint(tmp_path / "c", "rl"))["model"]
+    assert all(torch.allclose(before[k], after[k], atol=1e-6) for k in before)
+    run(evaluate, monkeypatch, tmp_path / "c", "--teacher", teacher, "--beside", f"other={tmp_path / 'b' / 'toy'}:cft", *steps)
+    rows = json.load(open(tmp_path / "c" / "toy" / "report.json"))["rows"]
+    beside = next(r for r in rows if r["stage"] == "other")
+    assert beside["strict"] == pytest.approx(made["cft", "mean"])
+
+    for option, value, expected in (("--teacher", "nowhere", "no finished checkpoint nowhere"), ("--init", "nowhere", "no such checkpoint"),
+                                    ("--init", __file__, "damaged")):
+        assert expected in refused(train_cft, monkeypatch, capsys, tmp_path / "d", option, value)
+    assert "d_model=16 there, 32 now" in refused(train_cft, monkeypatch, capsys, tmp_path / "d", "--teacher", teacher, "--d_model", "32")
+    assert "shape" in refused(train_ar, monkeypatch, capsys, tmp_path / "d", "--init", teacher, "--d_model", "32")
+    assert "leave out --teacher" in refused(train_ar, monkeypatch, capsys, tmp_path / "d", "--teacher", teacher)
+    for beside, expected in (("x", "--beside takes name=folder:stage"), ("x=nowhere:ar", "first run evaluate.py there"),
+                             (f"x={tmp_path / 'b' / 'toy'}:rl", "no stage rl")):
+        assert expected in refused(evaluate, monkeypatch, capsys, tmp_path / "c", "--teacher", teacher, "--beside", beside, *steps)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(monkeypatch, capsys, tmp_path):
+    with common.locked(os.path.dirname(checkpoint(tmp_path, "ar"))):
+        assert "another run is writing" in refused(train_ar, monkeypatch, capsys, tmp_path)
+    run(train_ar, monkeypatch, tmp_path)
+
+
+def test_outputs_of_another_teacher_are_decoded_anew(monkeypatch, tmp_path):
+    run(train_ar, monkeypatch, tmp_path)
+    run(train_cft, monkeypatch, tmp_path)
+    path = tmp_path / "toy" / "seed0" / "ar" / "outputs.pt"
+    old = torch.load(path)["tokens"]
+    for stage in ("ar", "cft"):
+        os.remove(checkpoint(tmp_path, stage))
+    run(train_ar, monkeypatch, tmp_path, "--ar_steps", "40", "--ar_lr", "0.02")
+    run(train_cft, monkeypatch, tmp_path, "--ar_steps", "40", "--ar_lr", "0.02")
+    assert not torch.equal(torch.load(path)["tokens"], old)
+
+
+def test_analysis_of_perfect_models_finds_no_failure_and_of_random_ones_says_so(monkeypatch, capsys, tmp_path):
+    for module in (train_ar, train_cft):
+        run(module, monkeypatch, tmp_path)
+    assert "train for longer" in refused(analyse, monkeypatch, capsys, tmp_path)
+
+    def perfect(cfg, world, model, prompt, B, rule=None, tau=None, prefix=None):
+        """Writes the reference; behind a forged trace, whose beginning differs, the reversed ranking."""
+        split, found = world.test, {tuple(p.tolist()): n for n, p in enumerate(tensors(world.test, range(len(world.test)), "cpu")[0])}
+        rows = [found[tuple(p.tolist())] for p in prompt]
+        out = responses(split.trace[rows], split.order[rows])
+        if prefix is not None:
+            forged = (out[:, :prefix.shape[1]] != prefix.numpy()).any(1)
+            out[forged] = responses(split.trace[rows], np.where(split.order >= 0, split.order[:, split.k[0] - 1 - np.arange(split.order.shape[1])], -1)[rows])[forged]
+        return torch.from_numpy(out.astype(np.int64))
+
+    monkeypatch.setattr(analyse, "decode", perfect)
+    run(analyse, monkeypatch, tmp_path)
+    found = json.load(open(tmp_path / "toy" / "analysis.json"))
+    assert found.keys() == {"ar", "cft", "naive"} and (tmp_path / "toy" / "analysis.md").stat().st_size > 500
+    for stage in ("ar", "cft"):
+        assert not any(sum(found[stage]["failures"][k]) for k in ("duplicate_by_slot", "dropped_by_position", "no_label_by_slot"))
+        forged = found[stage]["falsified"]
+        assert forged["answers"] > 8 and forged["changed_without_forgery"] == 0 and forged["ranking_changed"] == 1
+        assert forged["rank_of_best_forged"] > forged["rank_of_best_same"]
+    assert all(row["valid"] == 1 for row in found["cft"]["answer_steps"])
+    assert found["ar"]["bound"]["1"] > 0
 
 
 class Killed(Exception):

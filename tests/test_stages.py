@@ -2,6 +2,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ import train_opd
 import train_rl
 from common import draw_batch
 from config import Config
-from conftest import close, left_padded, tiny_gpt, words
+from conftest import close, left_padded, stream_hidden, tiny_gpt, words
 from data import ANSWER, LABEL, tensors, toy_world
-from diffusion import NEVER, Decoded, block_decode, diffusion_loss, replay_logp, stream_hidden
+from diffusion import NEVER, Decoded, block_decode, diffusion_loss, replay_logp
 from model import EOS, MASK, PAD, causal_hidden
 from train_ar import token_weights
 from train_opd import divergence, opd_loss
@@ -68,16 +69,26 @@ def test_cft_trains_every_teacher_output_behind_its_own_prompt(monkeypatch):
     world, seen = toy_world(CFG), []
     outputs = words(40, 6)  # of the first 40 training prompts
 
-    def loss(model, prompt, response, block_size, kind, first_step, generator, weight):
+    def loss(model, prompt, response, block_size, kind, first_step, generator, weight, extra):
         rows = [int((outputs == r).all(1).nonzero()[0]) for r in response]
         assert torch.equal(prompt, tensors(world.train, rows, "cpu")[0]) and torch.equal(weight, token_weights(response, 4.0))
         assert (block_size, kind, first_step) == (16, "complementary", 0.3)
+        assert torch.equal(extra, train_cft.answer_blocks(response, 16, 2))
         seen.extend(rows)
 
     monkeypatch.setattr(train_cft, "diffusion_loss", loss)
     for seed in range(20):
         train_cft.cft_loss(CFG, world, None, outputs, gen(seed))
     assert len(set(seen)) > 20
+
+
+def test_answer_blocks_by_hand():
+    A = 7  # <answer>
+    response = torch.tensor([[9, 9, A, 8, 9, EOS, PAD, PAD, PAD], [A, 8, EOS, PAD, PAD, PAD, PAD, PAD, PAD],
+                             [9, 9, 9, 9, A, 8, 9, 10, EOS], [9, 9, 9, EOS, PAD, PAD, PAD, PAD, PAD]])  # the last has no answer
+    assert train_cft.answer_blocks(response, 4, 1).tolist() == [[0, 1], [0, 0], [1, 2], [0, 0]]
+    assert train_cft.answer_blocks(response, 2, 2).tolist() == [[1, 2, 2, 1, 2, 2], [0, 1, 1, 0, 1, 1], [2, 3, 4, 2, 3, 4], [0, 1, 1, 0, 1, 1]]
+    assert train_cft.answer_blocks(response, 16, 0).shape == (4, 0)
 
 
 # --- OPD -----------------------------------------------------------------------------------------------------------------
@@ -115,10 +126,11 @@ def test_opd_loss_vanishes_for_the_teacher_itself_at_block_size_one_and_only_the
     assert loss(model, replace(cfg, block_size=4)) > 1e-2  # its denoising states are no AR states
 
 
+@pytest.mark.parametrize("states", ["masked", "committed", "next"])
 @pytest.mark.parametrize("seed, behind", [(3, "open"), (5, "committed")])
-def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_block(seed, behind):
+def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_block(seed, behind, states):
     student, teacher, prompt, B = tiny_gpt(seed), tiny_gpt(0), words(1, 3, seed={3: 7, 5: 10}[seed]), 4
-    cfg = replace(CFG, block_size=B)
+    cfg = replace(CFG, block_size=B, opd_answer_states=0, answer_weight=1.0, opd_states=states)
     decoded = block_decode(student, prompt, 2 * B, B, "threshold", 0.9)
     tokens, steps = decoded.tokens[0], decoded.commit_step[0].view(2, B)
     end = int((tokens != PAD).sum())
@@ -132,8 +144,13 @@ def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_bloc
                                for b in range(2) for j in range(B)])
         logits = student.logits(stream_hidden(student, prompt, decoded.filled, noised[None, None], B)[0, 0])
         scored = [i for i in range(end) if i % B == 0 or noised[i] == MASK]
-        possible.append(divergence(logits[scored], target[scored], "jsd").mean().item())
-    seen = set()
+        if states == "committed":
+            scored = [i for i in range(end) if i % B == 0 or steps[i // B, i % B] == state[i // B]]
+        elif states == "next":
+            scored = [i for i in scored if i % B == 0 or MASK not in noised[i // B * B:i]]
+        each = [[i for i in scored if i // B == b] for b in range(2)]  # a block weighs its tokens, however many are masked
+        possible.append(sum(min(B, end - b * B) * divergence(logits[i], target[i], "jsd").mean().item() for b, i in enumerate(each)) / end)
+    possible, seen = sorted({round(p, 9) for p in possible}), set()  # some states score the same tokens
     for seed in range(40 * len(possible)):
         loss = opd_loss(cfg, student, teacher, prompt, decoded, gen(seed)).item()
         nearest = min(range(len(possible)), key=lambda n: abs(possible[n] - loss))
@@ -144,6 +161,49 @@ def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_bloc
     assert len(seen) == len(possible)
 
 
+def test_more_states_of_the_answer_weigh_as_one_and_answer_tokens_by_their_weight():
+    student, teacher, A = tiny_gpt(3), tiny_gpt(0), 7
+    tokens = torch.tensor([[3, 4, 5, 6, 4, A, 8, 9]])  # the answer is in the second block
+    decoded = Decoded(tokens, tokens, torch.zeros_like(tokens), torch.zeros(1, 8), None)  # one step a block: one state
+    target = teacher.logits(causal_hidden(teacher, words(1, 3), tokens))[0]
+    logits = student.logits(stream_hidden(student, words(1, 3), tokens, torch.full((1, 1, 8), MASK), 4)[0, 0])
+    weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 5, 5])
+    expected = (divergence(logits, target, "jsd") * weight).sum() / weight.sum()
+    for n in (0, 3):
+        cfg = replace(CFG, block_size=4, answer_weight=5.0, opd_answer_states=n)
+        close(opd_loss(cfg, student, teacher, words(1, 3), decoded, gen()), expected, atol=1e-6)
+
+
+def test_labels_that_a_state_shows_are_no_target():
+    L, A = 8, 7
+    noised = torch.tensor([[[L, A, L + 2, MASK], [MASK, L + 1, MASK, 3]]])  # two states; L before <answer> belongs to the trace
+    answer = torch.tensor([[[False, False, True, True], [True, True, True, True]]])
+    out = train_opd.labels_shown(noised, answer, 4, L + 6)
+    for m, shown in ((0, [L + 2]), (1, [L + 1])):
+        for b in range(4):
+            assert out[0, m, b].nonzero()[:, 0].tolist() == (shown if answer[0, m, b] else [])
+    assert train_opd.in_answer(torch.tensor([[L, A, L, EOS], [L, L, L, EOS]])).tolist() == [[False, False, True, True], [False] * 4]
+
+
+def test_what_stands_behind_a_repeated_label():
+    L, A = 8, 7
+    tokens = torch.tensor([[L, L, A, L, L + 1, L, L + 2, EOS], [L, L, A, L, L + 1, L + 2, EOS, PAD]])  # labels in a trace repeat freely
+    assert train_opd.behind_a_wrong_label(tokens, 4).int().tolist() == [[0, 0, 0, 0, 0, 0, 1, 1], [0] * 8]
+
+
+def test_off_policy_rollouts_are_the_teachers_text_in_random_states():
+    cfg, world = replace(CFG, opd_source="teacher", batch_size=8), toy_world(CFG)
+    outputs = tensors(world.train, range(40), "cpu")[1]
+    prompt, decoded, valid = train_opd.rollout(cfg, world, None, outputs, gen())
+    assert valid == 1 and decoded.tokens.shape[1] % 16 == 0
+    for n in range(8):
+        row = next(r for r in range(40) if torch.equal(outputs[r][outputs[r] != PAD], decoded.tokens[n][decoded.tokens[n] != PAD]))
+        assert prompt[n][prompt[n] != PAD].tolist() == [t for t in world.train.prompt[row].tolist() if t != PAD]
+        used = (decoded.tokens[n].view(-1, 16) != PAD).any(1)
+        assert all(sorted(s.tolist()) == list(range(16)) and s[0] == 0 for s in decoded.commit_step[n].view(-1, 16)[used])
+    assert torch.isfinite(opd_loss(cfg, tiny_gpt(vocab=len(world.words)), tiny_gpt(3, len(world.words)), prompt, decoded, gen()))
+
+
 def test_opd_update_mixes_divergence_and_anchor_and_moves_the_student_only(monkeypatch):
     student, teacher, prompt = tiny_gpt(3), tiny_gpt(0), left_padded(LENGTHS)
     before = [p.clone() for p in teacher.parameters()]
@@ -151,7 +211,7 @@ def test_opd_update_mixes_divergence_and_anchor_and_moves_the_student_only(monke
     decoded = block_decode(student, prompt, 8, 4)
     for anchor in (0.0, 2.0):
         cfg, run = replace(CFG, block_size=4, opd_weight=0.5, opd_anchor=anchor), SGD(student, 1e-2)
-        log = train_opd.update(cfg, None, student, teacher, None, prompt, decoded, gen(), run)
+        log = train_opd.update(cfg, SimpleNamespace(n_labels=0), student, teacher, None, prompt, decoded, gen(), run)
         assert run.losses == pytest.approx([0.5 * log["divergence"] + 7.0 * anchor])
         assert opd_loss(cfg, student, teacher, prompt, decoded, gen()) < log["divergence"]
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, teacher.parameters()))

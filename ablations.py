@@ -1,0 +1,140 @@
+"""What each choice is worth: one run a line and seed, all from the same start, in one table.
+
+    python ablations.py --config toy --ablate cft --seeds 0,1,2     # CFT's choices, from the AR teacher of this run
+    python ablations.py --config toy --ablate opd --seeds 0,1,2     # OPD's choices, from the finished CFT student of this run
+
+Every line is a command that a student would type; other options (--cft_steps, --opd_steps, ...) go through to it, and a stopped
+table goes on where it was. A line's student is judged on the test users at thresholds around the operating point, and compared
+with the others where it is fair: at the same number of forwards a response. Writes ablations_<stage>.md into the run's folder.
+"""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from common import checkpoint_path, load_stage, save_atomically, script
+from config import PRESETS, Config, folder
+from data import load_world
+from evaluate import decode_split, score, stage_decoder
+
+LINES = {
+    "cft": {
+        "as it is": {},
+        "block size 4": dict(block_size=4),
+        "block size 8": dict(block_size=8),
+        "block size 32": dict(block_size=32),
+        "masks: uniform t, weight 1/t": dict(cft_noise="uniform"),
+        "masks: clipped t, weight 1/t": dict(cft_noise="clipped"),
+        "no first-step blocks": dict(cft_first_step=0.0),
+        "answer weight 1": dict(answer_weight=1.0),
+        "answer weight 16": dict(answer_weight=16.0),
+        "no extra answer states": dict(cft_answer_states=0),
+        "half as long": dict(cft_steps=0.5),
+        "twice as long": dict(cft_steps=2.0),
+        "reference orders, not the teacher's": dict(cft_gold=True),
+        "factor rule": dict(commit="factor"),
+    },
+    "opd": {
+        "CFT for the same FLOPs": dict(control=True),
+        "as it is": {},
+        "no anchor": dict(opd_anchor=0.0),
+        "forward KL": dict(opd_divergence="forward"),
+        "reverse KL": dict(opd_divergence="reverse"),
+        "tokens committed in the state": dict(opd_states="committed"),
+        "the leftmost masked token": dict(opd_states="next"),
+        "no extra answer states": dict(opd_answer_states=0),
+        "softer teacher": dict(opd_temperature=2.0),
+        "cut behind a wrong label": dict(opd_cut=True),
+        "greedy roll-outs": dict(opd_rollout_temperature=0.0),
+        "labels to the right not excluded": dict(opd_exclude=False),
+        "greedy, not excluded: plain OPD": dict(opd_rollout_temperature=0.0, opd_exclude=False),
+        "off-policy: teacher's text": dict(opd_source="teacher"),
+    },
+}
+THRESHOLDS = {"threshold": (0.7, 0.9, 0.95, 0.98, 0.995, 1.0), "factor": (1.5, 1.0, 0.5, 0.25, 0.1, 0.03)}
+# Token-forwards of an update, a backward counting as two: OPD decodes (about 4 prompts' worth of tokens), reads the text with
+# teacher and student, and takes a CFT step as anchor; measured in tokens this is 2.2 CFT steps.
+OPD_COST = 2.2
+
+
+def curve(cfg, world, stage):
+    """[[forwards, valid, strict N@10]] of a finished student, a point a threshold, the fastest first."""
+    model, split, points = load_stage(cfg, stage, world)[0], world.test, []
+    for tau in thresholds(cfg):
+        tokens, forwards = decode_split(cfg, world, split, stage_decoder(cfg, world, model, stage, tau), f"tau {tau}")
+        got = score(world, split, tokens, forwards)
+        points.append([float(got[name].mean()) for name in ("forwards", "valid", "strict ndcg@10")])
+    return points
+
+
+def thresholds(cfg):
+    """Points of the curve, the fastest first; for the threshold rule the operating point is among them."""
+    return sorted({*THRESHOLDS["threshold"], cfg.tau}) if cfg.commit == "threshold" else THRESHOLDS["factor"]
+
+
+def options_of(cfg, name):
+    """The script and the options of a line."""
+    options, stage = dict(LINES[cfg.ablate][name]), cfg.ablate
+    if "cft_steps" in options:
+        options["cft_steps"] = int(cfg.cft_steps * options["cft_steps"])
+    if options.pop("control", False):
+        stage, options = "cft", {"cft_steps": int(cfg.opd_steps * OPD_COST), "cft_lr": cfg.opd_lr}
+    return stage, options
+
+
+def main(cfg):
+    world, teacher = load_world(cfg), checkpoint_path(cfg, "ar")
+    load_stage(cfg, "ar", world)
+    start = {"teacher": teacher}
+    if cfg.ablate == "opd":
+        load_stage(cfg, "cft", world)
+        start["init"] = checkpoint_path(cfg, "cft")
+    seeds = [0, 1, 2] if cfg.seeds == "all" else [int(s) for s in cfg.seeds.split(",")]
+    preset = Config(**{"config": cfg.config, **PRESETS[cfg.config]})
+    ours = {k: v for k, v in dataclasses.asdict(cfg).items()
+            if v != getattr(preset, k) and k not in ("config", "seed", "seeds", "run_dir", "teacher", "init", "ablate")}
+    found = {}
+    for name in LINES[cfg.ablate]:
+        stage, options = options_of(cfg, name)
+        place = "as it is" if "commit" in options else name  # a commit rule needs no training of its own
+        run_dir = folder(cfg, "ablations", cfg.ablate, "".join(c if c.isalnum() else "_" for c in place))
+        for seed in seeds:
+            line = dataclasses.replace(cfg, **{**options, **start, "seed": seed, "run_dir": run_dir})
+            path = os.path.join(os.path.dirname(checkpoint_path(line, stage)), f"curve_{line.commit}.json")
+            if not os.path.exists(path):
+                text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
+                given = {**ours, **options, **start, "seed": seed, "run_dir": run_dir}
+                subprocess.run([sys.executable, f"train_{stage}.py", "--config", cfg.config,
+                                *(x for k, v in given.items() for x in (f"--{k}", text(v)))], check=True)
+                points = curve(line, world, stage)
+                save_atomically(path, lambda p: open(p, "w").write(json.dumps(points)))
+            found.setdefault(name, []).append(np.array(json.load(open(path))))
+        save_atomically(folder(cfg, f"ablations_{cfg.ablate}.md"), lambda p: open(p, "w").write(table(cfg, found)))
+    print(table(cfg, found))
+
+
+def table(cfg, found):
+    """Each line at the operating point's threshold, and all at the forwards that the first line needs there (linear
+    interpolation on the curve; its nearest end where a line never gets there)."""
+    at = thresholds(cfg).index(cfg.tau)
+    matched = np.mean([points[at, 0] for points in next(iter(found.values()))])
+    pm = lambda v, f: f"{np.mean(v):{f}}" + (f" ± {np.std(v, ddof=1) / len(v) ** 0.5:{f}}" if len(v) > 1 else "")
+    lines = [f"{len(next(iter(found.values())))} seed(s) of {cfg.ablate.upper()} from one start, ± standard error over seeds. Threshold {cfg.tau}; the last "
+             f"two columns at {matched:.1f} forwards a response.", "",
+             f"| | options | forwards | valid | N@10, strict | valid at {matched:.1f} | N@10 at {matched:.1f} |", "|---" * 7 + "|"]
+    for name, curves in found.items():
+        stage, options = options_of(cfg, name)
+        options = " ".join(f"--{k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items())
+        here = at if "commit" not in LINES[cfg.ablate][name] else len(THRESHOLDS["factor"]) // 2  # another rule has another scale
+        meet = lambda column: [np.interp(matched, c[:, 0], c[:, column]) for c in curves]
+        lines.append(f"| {name} | {f'`train_{stage}.py {options}`'.replace(' `', '`')} | {pm([c[here, 0] for c in curves], '.2f')} | "
+                     f"{pm([100 * c[here, 1] for c in curves], '.2f')} % | {pm([c[here, 2] for c in curves], '.4f')} | "
+                     f"{pm([100 * v for v in meet(1)], '.2f')} % | {pm(meet(2), '.4f')} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    script(main, __doc__)

@@ -1,0 +1,92 @@
+"""The figures of the report, drawn from report.json and the models."""
+import dataclasses
+
+import numpy as np
+
+from common import device_of
+from config import STAGES, folder
+from data import tensors
+from diffusion import block_decode
+from model import PAD
+
+COLOURS = {"ar": "#333333", "naive": "#b0b0b0", "cft": "#1f77b4", "opd": "#2ca02c", "rl": "#d62728"}
+
+
+def figures(cfg, world, report, scores, models, speed):
+    """Four figures into runs/<config>/: tradeoff.png, throughput.png, trace_lengths.png, denoising.png.
+
+    scores: {(stage, tau, reported): (scores, ...)} and models {stage: GPT} of one seed; speed: evaluate.speed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(fig, name):
+        fig.tight_layout()
+        fig.savefig(folder(cfg, name), dpi=130, facecolor="white")
+        plt.close(fig)
+
+    rows = [r for r in report["rows"] if r["seed"] == "mean"]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for ax, name, get in ((axes[0], "valid answers", lambda r: r["valid"]), (axes[1], "N@10, strict", lambda r: r["strict"]["ndcg@10"])):
+        for stage in ("naive", "cft", "opd", "rl"):
+            line = sorted((r["tokens_per_forward"], get(r)) for r in rows if r["stage"] == stage)
+            if line:
+                ax.plot(*zip(*line), "o-", color=COLOURS[stage], label=stage, ms=4)
+        at = next(get(r) for r in rows if r["stage"] == "ar")
+        ax.axhline(at, color=COLOURS["ar"], ls="--", label="ar (1 token a forward)")
+        ax.set(xlabel="tokens a forward", ylabel=name)
+        ax.legend()
+    axes[1].axhline(next(get(r) for r in rows if r["stage"] == "prerank"), color="#999999", ls=":")
+    fig.suptitle(f"{report['dataset']}: quality against parallelism, one point a threshold")
+    save(fig, "tradeoff.png")
+
+    last = [s for s in STAGES if s in models][-1]
+    lengths = [n for n in (cfg.block_size, 2 * cfg.block_size, 4 * cfg.block_size) if n < world.max_response] + [world.max_response]
+    if last != "ar":
+        quick = dataclasses.replace(cfg, eval_speed_seconds=cfg.eval_speed_seconds / 3)
+        fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+        for ax, batch in zip(axes, (1, 64)):
+            timing = [speed(quick, world, models["ar"], models[last], batch, n) for n in lengths]
+            ax.plot(lengths, [t["ar"] for t in timing], "o--", color=COLOURS["ar"], label="AR, cached")
+            ax.plot(lengths, [t["block"] for t in timing], "o-", color=COLOURS[last], label=f"{last}, block size {cfg.block_size}")
+            ax.set(xlabel="output length (tokens, at most)", ylabel="generated tokens / s", title=f"batch {batch}", ylim=0)
+            ax.legend()
+        save(fig, "throughput.png")
+
+    fig, ax = plt.subplots(figsize=(6, 4))
+    tallest = max(int(scores[k][0]["trace_tokens"].max()) for k in scores if k[2])
+    for stage in [s for s in ("ar", "cft", "opd", "rl") if s in models]:
+        found = next(v for k, v in scores.items() if k[0] == stage and k[2])[0]["trace_tokens"]
+        ax.hist(found, bins=np.arange(0, tallest + 3), histtype="step", color=COLOURS[stage], label=f"{stage}, mean {found.mean():.1f}", lw=1.5)
+    ax.set(xlabel="trace tokens", ylabel="users", yscale="log")
+    ax.legend()
+    save(fig, "trace_lengths.png")
+    if last != "ar":
+        save(denoising_figure(cfg, world, models[last], plt), "denoising.png")
+
+
+def denoising_figure(cfg, world, model, plt):
+    """One test response as a grid, one block a row, coloured by the denoising step at which each token was committed."""
+    prompt, _ = tensors(world.test, range(1), device_of(cfg))
+    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau)
+    B = cfg.block_size
+    tokens, steps = decoded.tokens[0].cpu().numpy().reshape(-1, B), decoded.commit_step[0].cpu().numpy().reshape(-1, B)
+    used = (tokens != PAD).any(1)
+    tokens, steps = tokens[used], steps[used]
+    shown = tokens != PAD
+    n_steps = int(steps[shown].max()) + 1
+    colours = plt.get_cmap("viridis_r")(np.linspace(0.05, 0.6, n_steps))
+    fig, ax = plt.subplots(figsize=(1.05 * B, 0.55 * len(tokens) + 1.2))
+    for i, j in zip(*np.nonzero(shown)):
+        ax.add_patch(plt.Rectangle((j, i), 0.96, 0.92, color=colours[steps[i, j]]))
+        word = world.words[tokens[i, j]]
+        word = word if len(word) < 14 else word.split(" > ")[-1][:12] + "…"
+        ax.text(j + 0.48, i + 0.46, word, ha="center", va="center", fontsize=8, color="black" if steps[i, j] < n_steps / 2 else "white")
+    for s in range(n_steps):
+        ax.plot([], [], "s", color=colours[s], ms=9, label=f"step {s + 1}")
+    ax.set(xlim=(0, B), ylim=(len(tokens), 0), yticks=np.arange(len(tokens)) + 0.5, yticklabels=[f"block {i + 1}" for i in range(len(tokens))],
+           xticks=[], title=f"{int(shown.sum())} tokens in {int(decoded.forwards[0])} forwards")
+    ax.legend(ncol=n_steps, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
+    return fig
+
+
