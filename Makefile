@@ -3,8 +3,8 @@ RUN = .venv/bin/python
 
 .PHONY: toy beauty test clean
 
-# the whole recipe: `make` on the toy world, about 18 minutes on 2 CPU cores; `make beauty` on Amazon Beauty (data/beauty, see
-# README), about an hour
+# the whole recipe: `make` on the toy world, about 15 minutes on 2 CPU cores; `make beauty` on Amazon Beauty (data/beauty, see
+# README), about an hour and a half
 .DEFAULT_GOAL := toy
 toy: CONFIG = toy
 beauty: CONFIG = small

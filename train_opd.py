@@ -1,7 +1,7 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects every token it wrote.
 
-    python train_opd.py --config toy      # 2 minutes on 2 CPU cores; expect no harm, CFT being nearly perfect there
-    python train_opd.py --config small    # Amazon Beauty, 7 minutes on 1 CPU core; expect 1 point more valid answers
+    python train_opd.py --config toy      # 50 seconds on 2 CPU cores; expect no harm, CFT being nearly perfect there
+    python train_opd.py --config small    # Amazon Beauty, 7 minutes on 1 CPU core; expect half a point more valid answers
 
 CFT shows the student states made by random masks over the teacher's text; while it decodes it meets others, made by its
 own choices. The difference that costs most: in CFT every label that is shown stands in its right place, so the student

@@ -1,11 +1,13 @@
 """The scripts as a user runs them: bad input, interruption, and the whole recipe in miniature."""
 import json
 import os
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 
+import ablations
 import analyse
 import common
 import evaluate
@@ -157,6 +159,25 @@ def test_analysis_of_perfect_models_finds_no_failure_and_of_random_ones_says_so(
         assert forged["rank_of_best_forged"] > forged["rank_of_best_same"]
     assert all(row["valid"] == 1 for row in found["cft"]["answer_steps"])
     assert found["ar"]["bound"]["1"] > 0
+
+
+def test_ablations_run_each_line_once_and_compare_at_equal_forwards(monkeypatch, capsys, tmp_path):
+    lines = {"cft": {"as it is": {}, "half as long": dict(cft_steps=0.5), "factor rule": dict(commit="factor")},
+             "opd": {"CFT for the same FLOPs": dict(control=True), "as it is": {}}}
+    monkeypatch.setattr(ablations, "LINES", lines)
+    for module in (train_ar, train_cft):
+        run(module, monkeypatch, tmp_path)
+    calls, real = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: calls.append(a) or real(*a, **k))
+    for stage, trained in (("cft", 3), ("opd", 2)):
+        for again in (False, True):  # the second time everything is there
+            run(ablations, monkeypatch, tmp_path, "--ablate", stage, "--seeds", "0")
+            assert len(calls) == (0 if again else trained)
+            calls.clear()
+        table = open(tmp_path / "toy" / f"ablations_{stage}.md").read()
+        assert all(f"| {name} |" in table for name in lines[stage])
+        assert ("`train_cft.py --cft_steps 3`" if stage == "cft" else "`train_cft.py --cft_steps 8 --cft_lr 0.0006`") in table
+    assert "first run `python train_ar.py" in refused(ablations, monkeypatch, capsys, tmp_path / "empty")
 
 
 class Killed(Exception):
