@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from model import EOS, MASK, PAD, KVCache, pad_left, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
-SPLIT = 8  # batches from which rows that open a block and rows inside one take forwards of their own, not one as wide as needed
+SPLIT = 16  # rows from which those that open a block and those inside one take forwards of their own, not one as wide as the
+#            widest needs: 6 to 13 % faster at batches 16 to 64 on two CPU cores (at 8 it would be 14 % slower)
 
 
 def full_precision(logits):

@@ -155,7 +155,7 @@ def test_analysis_of_perfect_models_finds_no_failure_and_of_random_ones_says_so(
     for stage in ("ar", "cft"):
         assert not any(sum(found[stage]["failures"][k]) for k in ("duplicate_by_slot", "dropped_by_position", "no_label_by_slot"))
         forged = found[stage]["falsified"]
-        assert forged["answers"] > 8 and forged["changed_without_forgery"] == 0 and forged["ranking_changed"] == 1
+        assert forged["answers"] > 4 and forged["changed_without_forgery"] == 0 and forged["ranking_changed"] == 1
         assert forged["rank_of_best_forged"] > forged["rank_of_best_same"]
     assert all(row["valid"] == 1 for row in found["cft"]["answer_steps"])
     assert found["ar"]["bound"]["1"] > 0
