@@ -18,7 +18,7 @@ import numpy as np
 from common import checkpoint_path, load_stage, save_atomically, script
 from config import PRESETS, Config, folder
 from data import load_world
-from evaluate import decode_split, score, stage_decoder
+from evaluate import decode_split, finished_seeds, score, stage_decoder
 
 LINES = {
     "cft": {
@@ -92,7 +92,7 @@ def main(cfg):
     if cfg.ablate == "opd":
         load_stage(cfg, "cft", world)
         start["init"] = checkpoint_path(cfg, "cft")
-    seeds = [0, 1, 2] if cfg.seeds == "all" else [int(s) for s in cfg.seeds.split(",")]
+    seeds = [0, 1, 2] if cfg.seeds == "all" else finished_seeds(cfg)
     preset = Config(**{"config": cfg.config, **PRESETS[cfg.config]})
     ours = {k: v for k, v in dataclasses.asdict(cfg).items()
             if v != getattr(preset, k) and k not in ("config", "seed", "seeds", "run_dir", "teacher", "init", "ablate")}

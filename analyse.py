@@ -49,7 +49,7 @@ def answer_steps(cfg, world, model, prompt, tokens):
     for steps in (1, 2, 3, 4, 6, 8, 16):
         if steps <= cfg.block_size:
             got = decode(cfg, world, model, prompt[rows], cfg.block_size, "steps", steps, tokens[rows][:, :given].to(prompt.device))
-            answers = parse_answers(got.cpu().numpy(), split.incoming)
+            answers = parse_answers(got.numpy(), split.incoming)
             ndcg = ranking_metrics((answers.order == split.target[:, None]).argmax(1))["ndcg@10"]
             out.append({"steps": steps, "valid": answers.valid.mean(), "ndcg@10": (ndcg * answers.valid).mean()})
     return out
@@ -88,7 +88,7 @@ def falsified(cfg, world, model, prompt, tokens, B):
     orders = {}
     for name, text in (("same", tokens[rows]), ("forged", forged)):
         got = decode(cfg, world, model, prompt[rows], B, prefix=text[:, :given].to(prompt.device))
-        orders[name] = parse_answers(got.cpu().numpy(), split.incoming).order[changed]
+        orders[name] = parse_answers(got.numpy(), split.incoming).order[changed]
     rank = lambda order, which: (order == pair[changed][:, which, None]).argmax(1).mean() + 1
     out["changed_without_forgery"] = (orders["same"] != before.order[changed]).any(1).mean()
     out["ranking_changed"] = (orders["forged"] != orders["same"]).any(1).mean()
@@ -120,12 +120,13 @@ def main(cfg):
         tokens = decode(cfg, world, model, prompt, B)
         if not len(whole_traces(tokens[:users], few, few.test)[0]):
             raise UserError(f"{stage}: no trace has its proper length, there is nothing to analyse: train for longer")
+        if stage == "ar":
+            traces = tokens[:users]
         row["failures"] = failures(tokens, world)
         row["falsified"] = falsified(cfg, few, model, prompt[:users], tokens[:users], B)
         row["answer_steps"] = answer_steps(cfg, few, model, prompt[:users], tokens[:users]) if B > 1 else None
         row["bound"] = {b: bound(cfg, model, prompt[:64], response[:64], b) for b in (1, 4, 8, 16)}
     # the naive conversion decodes the answer behind the AR teacher's own trace
-    traces = decode(cfg, few, models["ar"], prompt[:users], 1)
     out["naive"] = {"answer_steps": answer_steps(cfg, few, models["ar"], prompt[:users], traces)}
     text = markdown(out)
     save_atomically(folder(cfg, "analysis.json"), lambda p: open(p, "w").write(json.dumps(out, indent=1) + "\n"))

@@ -136,6 +136,11 @@ def start_from(cfg, world, stage):
     check_checkpoint(cfg.init, state)
     if state["words"] != world.words or any(state["settings"].get(k) != getattr(cfg, k) for k in SHAPE):
         raise UserError(f"--init {cfg.init} is of another vocabulary or model shape: use the settings it was made with")
+    return with_weights(cfg, world, state)
+
+
+def with_weights(cfg, world, state):
+    """The model of a checkpoint, in eval mode."""
     model = new_model(cfg, world)
     model.load_state_dict(state["model"])
     return model.eval()
@@ -149,9 +154,7 @@ def load_stage(cfg, stage, world, state=None):
         raise UserError(f"no finished checkpoint {checkpoint_path(cfg, stage)}: first run "
                         f"`python train_{stage}.py --config {cfg.config}` with the same settings" +
                         (", or name another with --teacher" if stage == "ar" else ""))
-    model = new_model(cfg, world)
-    model.load_state_dict(state["model"])
-    return model.eval(), state
+    return with_weights(cfg, world, state), state
 
 
 # --- The loop around a stage's own loss -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Two worlds share this format: the toy world (synthetic, with a Bayes oracle) and
 import argparse
 import ast
 import collections
+import functools
 import gzip
 import html
 import http.client
@@ -47,7 +48,7 @@ class Split:
     def __len__(self):
         return len(self.prompt)
 
-    @property
+    @functools.cached_property  # drawing a batch asks for it at every step
     def k(self):
         """(N,) lengths of the lists."""
         return (self.incoming >= 0).sum(1)

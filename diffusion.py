@@ -75,6 +75,11 @@ def every_block(response, block_size):
     return torch.arange(response.shape[1] // block_size, device=response.device).expand(len(response), -1)
 
 
+def take_blocks(x, block, block_size):
+    """The blocks `block` (N, M) of x (N, R) -> (N, M, B)."""
+    return x.view(len(x), -1, block_size).gather(1, block[..., None].expand(-1, -1, block_size))
+
+
 def fill_last_block(response, block_size):
     """Extend a right-padded response (N, R) to whole blocks and fill each row's last block with [EOS].
 
@@ -144,7 +149,7 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     times = (block[:, :, None] == block[:, None]).sum(2)  # (N, M) how often the same block is there
     masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, response.device))
     S = masks.shape[2]
-    of_block = lambda x: x.view(N, -1, B).gather(1, block[..., None].expand(-1, -1, B))[:, :, None].expand(-1, -1, S, -1)
+    of_block = lambda x: take_blocks(x, block, B)[:, :, None].expand(-1, -1, S, -1)
     target = of_block(response)  # (N, M, S, B)
     share = share * of_block(weight) / times[..., None, None]
     noised = torch.where(masks & of_block(real), MASK, target)
@@ -311,10 +316,8 @@ def decode_states(decoded, block, steps, block_size):
     Tokens committed before step steps[n, m] of block[n, m] are shown, everything else is [MASK] (the block's first slot
     included, at step 0).
     """
-    index = block[..., None].expand(-1, -1, block_size)
-    of_block = lambda x: x.view(len(block), -1, block_size).gather(1, index)
-    open_ = of_block(decoded.commit_step) >= steps[..., None]
-    return torch.where(open_, MASK, of_block(decoded.filled)), open_
+    open_ = take_blocks(decoded.commit_step, block, block_size) >= steps[..., None]
+    return torch.where(open_, MASK, take_blocks(decoded.filled, block, block_size)), open_
 
 
 def replay_logp(model, prompt, decoded, block_size, temperature=0.0, max_segments=16):
@@ -344,10 +347,9 @@ def replay_logp(model, prompt, decoded, block_size, temperature=0.0, max_segment
         part = decoded.take(rows)
         noised, _ = decode_states(part, b, s, B)
         hidden = segment_hidden(model, prompt[rows], part.clean, noised, b)  # (n, M', B, d)
-        gathered = lambda x: x.gather(1, b[..., None].expand(-1, -1, B))
-        here = (gathered(step[rows]) == s[..., None]) & used[rows, m:m + max_segments, None]  # committed at that step
+        here = (take_blocks(step[rows], b, B) == s[..., None]) & used[rows, m:m + max_segments, None]  # committed at that step
         logits = full_precision(model.logits(hidden[here])) / (temperature or 1.0)
-        token = gathered(part.clean.view(len(rows), -1, B))[here]
+        token = take_blocks(part.clean, b, B)[here]
         token_logp = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
         n, i, j = here.nonzero(as_tuple=True)
         logp = logp.index_put((rows[n], b[n, i], j), token_logp.to(logp.dtype))

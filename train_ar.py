@@ -16,10 +16,14 @@ from data import ANSWER, load_world, tensors
 from model import PAD, ar_decode, causal_hidden
 
 
+def in_answer(tokens):
+    """Which tokens (N, R) stand behind <answer>: bool (N, R)."""
+    return (tokens == ANSWER).cumsum(1) - (tokens == ANSWER).long() > 0
+
+
 def token_weights(response, answer_weight):
     """Loss weight of every token of responses (N, R): 1 in the trace, answer_weight behind <answer>, 0 for padding."""
-    behind = ((response == ANSWER).cumsum(1) - (response == ANSWER).long()) > 0
-    return torch.where(behind, answer_weight, 1.0) * (response != PAD)
+    return torch.where(in_answer(response), answer_weight, 1.0) * (response != PAD)
 
 
 def main(cfg):

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from common import Run, device_of, draw_batch, generator, half, load_stage, script, start_from, valid_rate
-from data import ANSWER, LABEL, load_world, tensors
+from data import LABEL, load_world, tensors
 from diffusion import (NEVER, Decoded, block_decode, decode_states, every_block, fill_last_block, full_precision,
-                       segment_hidden)
+                       segment_hidden, take_blocks)
 from model import MASK, PAD, causal_hidden
-from train_ar import token_weights
+from train_ar import in_answer, token_weights
 from train_cft import answer_blocks, cft_loss, teacher_outputs, validate
 
 
@@ -76,7 +76,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
     """
     B, (N, R) = cfg.block_size, decoded.tokens.shape
     block = torch.cat((every_block(decoded.tokens, B), answer_blocks(decoded.tokens, B, cfg.opd_answer_states)), 1)  # (N, M)
-    of_block = lambda x: x.view(N, -1, B).gather(1, block[..., None].expand(-1, -1, B))  # (N, R) -> (N, M, B)
+    of_block = lambda x: take_blocks(x, block, B)  # (N, R) -> (N, M, B)
     step = of_block(decoded.commit_step)
     n_steps = step.masked_fill(step == NEVER, -1).amax(-1) + 1
     state = (torch.rand(n_steps.shape, generator=gen, device=gen.device) * n_steps).long()  # (N, M)
@@ -106,11 +106,6 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
     return (distance * weight).sum() / weight.sum()
 
 
-def in_answer(tokens):
-    """Which tokens (N, R) stand behind <answer>: bool (N, R)."""
-    return (tokens == ANSWER).cumsum(1) - (tokens == ANSWER).int() > 0
-
-
 def labels_shown(noised, answer, n_labels, n_words):
     """Words that the target of a slot must not be: the labels that the answer shows already in this state. noised, answer
     (N, M, B) -> bool (N, M, B, V), False outside the answer.
@@ -125,7 +120,7 @@ def labels_shown(noised, answer, n_labels, n_words):
 
 def behind_a_wrong_label(tokens, n_labels):
     """Which tokens (N, R) stand behind a label that the answer had already: bool (N, R)."""
-    answer = ((tokens == ANSWER).cumsum(1) > 0) & (tokens >= LABEL) & (tokens < LABEL + n_labels)  # (N, R)
+    answer = in_answer(tokens) & (tokens >= LABEL) & (tokens < LABEL + n_labels)  # (N, R)
     again = (tokens[:, :, None] == tokens[:, None]) & answer[:, None] & answer[:, :, None]  # (N, R, R)
     wrong = again.tril(-1).any(2)
     return wrong.cumsum(1) - wrong.long() > 0

@@ -17,7 +17,7 @@ from conftest import close, left_padded, stream_hidden, tiny_gpt, words
 from data import ANSWER, LABEL, tensors, toy_world
 from diffusion import NEVER, Decoded, block_decode, diffusion_loss, replay_logp
 from model import EOS, MASK, PAD, causal_hidden
-from train_ar import token_weights
+from train_ar import in_answer, token_weights
 from train_opd import divergence, opd_loss
 from train_rl import advantages, policy_loss, reward
 
@@ -182,7 +182,7 @@ def test_labels_that_a_state_shows_are_no_target():
     for m, shown in ((0, [L + 2]), (1, [L + 1])):
         for b in range(4):
             assert out[0, m, b].nonzero()[:, 0].tolist() == (shown if answer[0, m, b] else [])
-    assert train_opd.in_answer(torch.tensor([[L, A, L, EOS], [L, L, L, EOS]])).tolist() == [[False, False, True, True], [False] * 4]
+    assert in_answer(torch.tensor([[L, A, L, EOS], [L, L, L, EOS]])).tolist() == [[False, False, True, True], [False] * 4]
 
 
 def test_what_stands_behind_a_repeated_label():
