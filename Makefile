@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: toy beauty test clean
+.PHONY: toy beauty test torture clean
 
 # the whole recipe: `make` on the toy world, about 15 minutes on 2 CPU cores; `make beauty` on Amazon Beauty (data/beauty, see
 # README), about an hour and a half
@@ -17,6 +17,11 @@ toy beauty: .venv/ready
 
 test: .venv/ready
 	$(RUN) -m pytest -q tests
+
+# 20 kills of training runs, then 10,000 damaged files at the loaders: a quarter of an hour
+torture: .venv/ready
+	rm -rf runs/torture
+	$(RUN) tests/torture.py 20 10000 runs/torture
 
 # the environment; made again whenever requirements.txt changes
 .venv/ready: requirements.txt

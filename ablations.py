@@ -35,6 +35,8 @@ LINES = {
         "half as long": dict(cft_steps=0.5),
         "twice as long": dict(cft_steps=2.0),
         "reference orders, not the teacher's": dict(cft_gold=True),
+        "no misplaced labels": dict(misplace=0.0),
+        "plain threshold rule": dict(commit="threshold"),
         "factor rule": dict(commit="factor"),
     },
     "opd": {
@@ -54,7 +56,7 @@ LINES = {
         "off-policy: teacher's text": dict(opd_source="teacher"),
     },
 }
-THRESHOLDS = {"threshold": (0.7, 0.9, 0.95, 0.98, 0.995, 1.0), "factor": (1.5, 1.0, 0.5, 0.25, 0.1, 0.03)}
+THRESHOLDS, FACTORS = (0.7, 0.9, 0.95, 0.98, 0.995, 1.0), (1.5, 1.0, 0.5, 0.25, 0.1, 0.03)
 # Token-forwards of an update, a backward counting as two: OPD decodes (about 4 prompts' worth of tokens), reads the text with
 # teacher and student, and takes a CFT step as anchor; measured in tokens this is 2.2 CFT steps.
 OPD_COST = 2.2
@@ -71,8 +73,8 @@ def curve(cfg, world, stage):
 
 
 def thresholds(cfg):
-    """Points of the curve, the fastest first; for the threshold rule the operating point is among them."""
-    return sorted({*THRESHOLDS["threshold"], cfg.tau}) if cfg.commit == "threshold" else THRESHOLDS["factor"]
+    """Points of the curve, the fastest first; for rules with a threshold the operating point is among them."""
+    return FACTORS if cfg.commit == "factor" else sorted({*THRESHOLDS, cfg.tau})
 
 
 def options_of(cfg, name):
@@ -99,7 +101,7 @@ def main(cfg):
     found = {}
     for name in LINES[cfg.ablate]:
         stage, options = options_of(cfg, name)
-        place = "as it is" if "commit" in options else name  # a commit rule needs no training of its own
+        place = "as it is" if "commit" in options else name  # a commit rule needs no training of its own: it is finished already
         run_dir = folder(cfg, "ablations", cfg.ablate, "".join(c if c.isalnum() else "_" for c in place))
         for seed in seeds:
             line = dataclasses.replace(cfg, **{**options, **start, "seed": seed, "run_dir": run_dir})
@@ -128,7 +130,7 @@ def table(cfg, found):
     for name, curves in found.items():
         stage, options = options_of(cfg, name)
         options = " ".join(f"--{k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items())
-        here = at if "commit" not in LINES[cfg.ablate][name] else len(THRESHOLDS["factor"]) // 2  # another rule has another scale
+        here = len(FACTORS) // 2 if LINES[cfg.ablate][name].get("commit") == "factor" else at  # that rule has another scale
         meet = lambda column: [np.interp(matched, c[:, 0], c[:, column]) for c in curves]
         lines.append(f"| {name} | {f'`train_{stage}.py {options}`'.replace(' `', '`')} | {pm([c[here, 0] for c in curves], '.2f')} | "
                      f"{pm([100 * c[here, 1] for c in curves], '.2f')} % | {pm([c[here, 2] for c in curves], '.4f')} | "

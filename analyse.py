@@ -101,7 +101,7 @@ def falsified(cfg, world, model, prompt, tokens, B):
 @torch.no_grad()
 def bound(cfg, model, prompt, response, block_size, draws=16):
     """Upper bound on the negative log-likelihood of reference responses, nats a token; at block size 1 it is exact."""
-    losses = [diffusion_loss(model, prompt, response, block_size, generator=generator(cfg, "bound", draw, prompt.device)).item()
+    losses = [diffusion_loss(model, prompt, response, block_size, generator=generator(cfg, "bound", draw)).item()
               for draw in range(1 if block_size == 1 else draws)]
     return sum(losses) / len(losses)
 

@@ -1,8 +1,9 @@
 """Amazon Beauty: pre-ranker, evidence, trace writer, and how they become tokens.
 
-Everything is computed from counts of the training part of the sequences (all but a user's last two items). Candidates of
-training examples come from the counts of *other* users (20 folds): counts that know the user would leak the target.
+Everything is computed from counts over the sequences: the pre-ranker's end before a user's last two items, the evidence's before
+the target. Training examples use the counts of *other* users (20 folds): counts that know the user would leak the target.
 """
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import load_tensors, save_atomically
+from common import first_process_first, load_tensors, save_atomically
 from config import UserError, folder
 from data import (CANDIDATES, HISTORY, LABEL, LAST, PROFILE, SPECIAL, Split, World, list_lengths, pack,
                   read_beauty)
@@ -24,13 +25,15 @@ FOLDS, GROUPS, SEEDS = 20, 5, 3  # user folds of the counts; the writer's groups
 FIELDS = dict(                  # evidence of a candidate: name -> number of values; the trace states them
     pos=MAXC + 1,               # 1..12, place in the pre-ranked list (its label)
     pop=8,                      # log2 of its count
-    link=8,                     # score relative to the list's best: 7 = within 2^-1/4, then half an octave a level
+    link=8,                     # score relative to the best of the first K: 7 = within 2^-1/4, then half an octave a level
     via=HIST + 1,               # which history item adds most to the score: 1 = the most recent, 0 = none of the 8
     co=8,                       # log2 of the users who have both it and the most recent item, whatever the order
     links=4,                    # how many of the 8 history items link to it: 0, 1, 2, 3+
     brand=8,                    # 0 unknown, 1 new; else 1, 2, 3+ history items of it: 2, 4, 6, +1 if the last one is
     depth=4,                    # levels of its category path shared with the most recent item, 3 = the full path
     leaf=4)                     # how many of the 8 history items have its full path: 0, 1, 2, 3+
+STATED = {"depth": ("depth",), "leaf": ("leaf",), "link": ("link", "via"), "co": ("co", "links", "pop")}  # token: the fields it states
+RARE = 2000
 
 
 # --- Pre-ranker ----------------------------------------------------------------------------------------------------
@@ -61,13 +64,14 @@ def attributes(items):
     return np.stack([[num[v] for v in c] for num, c in zip(number, cols)], 1)
 
 
-def prerank(T, cnt, flat, start, end, attr=None):
+def prerank(T, cnt, flat, start, end, attr=None, among=None):
     """Top MAXC next items after flat[start : start + end] for N examples.
     score(j) = sum_{k=1..50} k^-1.5 (cnt[h_-k] + 10)^-0.3 T[h_-k, j], seen items excluded.
-    T (I, I); cnt (I,); start, end (N,); attr: attributes(), for the hybrid -> items (N, MAXC), scores (N, MAXC)."""
+    T (I, I); cnt (I,); start, end (N,); attr: attributes(), for the hybrid -> items (N, MAXC), scores (N, MAXC).
+    among (N, MAXC): the scores of these items instead, as they stand."""
     cands, scores = [], []
     spread = (cnt + 10.0) ** -0.3
-    for a in range(0, len(end), 1000):
+    for a in range(0, max(1, len(end)), 1000):
         s, n = start[a:a + 1000], end[a:a + 1000]
         row, offset = np.repeat(np.arange(len(n)), n), np.cumsum(n) - n
         step = np.arange(n.sum()) - offset[row]                # 0.. within the row
@@ -86,6 +90,9 @@ def prerank(T, cnt, flat, start, end, attr=None):
                 S *= 1 + gain * bag(onehot, recency)[:, attr[:, col]]
         S[row, h] = -1
         S += torch.from_numpy(cnt * 1e-12).float()             # without any link: by popularity
+        if among is not None:
+            cands.append(among[a:a + 1000]); scores.append(S.numpy()[np.arange(len(n))[:, None], cands[-1]])
+            continue
         top, idx = (x.numpy() for x in S.topk(4 * MAXC))
         tie = np.round(np.log2(np.maximum(top, 1e-9)) * 4096)  # scores equal up to rounding are ties ...
         order = np.lexsort((idx, -cnt[idx], -tie))[:, :MAXC]   # ... broken by popularity, then by permuted id
@@ -110,8 +117,7 @@ def link_evidence(T, C, cnt, hist, cands, scores):
     part = T8 * weight[:, :, None]
     ev = dict(pos=np.broadcast_to(np.arange(1, MAXC + 1), cands.shape),
               pop=np.log2(cnt[cands] + 1).clip(0, 7),
-              # The list's best is its first: the level does not depend on how long a list is shown.
-              link=np.round(2 * octaves(scores / scores[:, :1]) + 7).clip(0, 7),
+              link=np.round(2 * octaves(scores / scores[:, :K].max(1, keepdims=True)) + 7).clip(0, 7),
               via=np.where(part.max(1) > 0, part.argmax(1) + 1, 0),
               co=np.floor(np.log2(C.numpy()[hist[:, :1], cands] + 1)).clip(0, 7),
               links=(T8 > 0).sum(1).clip(0, 3))
@@ -145,45 +151,97 @@ class Lists:
                      {name: v[rows] for name, v in self.evidence.items()}, self.score[rows])
 
 
+class Counts:
+    """What the sequences without their last `cut` items say: T summed links, C number of links (I, I), cnt popularity (I,)."""
+
+    def __init__(self, seqs, n_items, cut):
+        parts = [s[:-cut] for s in seqs]
+        i, j, v, self.user = link_pairs(parts)
+        self.cell, self.v = torch.from_numpy(i * n_items + j), torch.from_numpy(v).float()
+        self.seen = [np.concatenate(parts[f::FOLDS]) for f in range(FOLDS)]
+        self.T, self.C = torch.zeros(2, n_items, n_items)
+        self.cnt = np.bincount(np.concatenate(parts), minlength=n_items)
+        self._add(slice(None), 1)
+
+    def _add(self, rows, sign):
+        cell = self.cell[rows]
+        self.T.view(-1).index_add_(0, cell, sign * self.v[rows])
+        self.C.view(-1).index_add_(0, cell, torch.full((len(cell),), float(sign)))
+
+    @contextlib.contextmanager
+    def without(self, fold):
+        """The counts of all users but those of a fold."""
+        rows, seen = torch.from_numpy(self.user % FOLDS == fold), np.bincount(self.seen[fold], minlength=len(self.cnt))
+        self._add(rows, -1)
+        self.cnt -= seen
+        yield
+        self._add(rows, 1)
+        self.cnt += seen
+
+
 def prepare(seqs, items, hybrid=False):
-    """-> train, val, test Lists. train holds every prefix; val and test only users whose target is in the top K."""
-    attr = attributes(items)
+    """-> train, val, test Lists, and the test candidates' order by the pre-ranker with the counts of the evidence (N, K).
+
+    train holds every prefix; val and test only users whose target is in the top K. The pre-ranker counts the training part, all
+    but a user's last two items. At test time more is known: what other users did up to their validation items. The evidence
+    counts it; the pre-ranker, as in real systems, is older. Training and validation lists are made alike, from counts of
+    other users: the evidence has an item a user more than the pre-ranker.
+    """
+    attr, n_items = attributes(items), len(items)
     length = np.array([len(s) for s in seqs])
     flat, start = np.concatenate(seqs), np.cumsum(length) - length
-    i, j, v, u = link_pairs([s[:-2] for s in seqs])
-    cell, v = torch.from_numpy(i * len(items) + j), torch.from_numpy(v).float()
-    T, C = torch.zeros(2, len(items), len(items))
-    add = lambda rows, sign: (T.view(-1).index_add_(0, cell[rows], sign * v[rows]),
-                              C.view(-1).index_add_(0, cell[rows], torch.full((len(cell[rows]),), float(sign))))
-    add(slice(None), 1)
-    seen = lambda users: np.bincount(np.concatenate([seqs[x][:-2] for x in users]), minlength=len(items))
     everyone = np.arange(len(seqs))
-    cnt = seen(everyone)
 
-    def lists(cnt, user, end, only_hits):
-        s = start[user]
-        cands, scores = prerank(T, cnt, flat, s, end, attr if hybrid else None)
-        hit = cands == flat[s + end][:, None]
+    def find(counts, user, end, only_hits):
+        """Candidates after the first `end` items of users: user, end, candidates, place of the target."""
+        cands = prerank(counts.T, counts.cnt, flat, start[user], end, attr if hybrid else None)[0]
+        hit = cands == flat[start[user] + end][:, None]
         keep = hit[:, :K].any(1) if only_hits else np.ones(len(user), bool)
-        user, cands, scores, hit = user[keep], cands[keep], scores[keep], hit[keep]
-        hist = gather_history(flat, s[keep], end[keep])
-        return Lists(user, hist, cands, np.where(hit.any(1), hit.argmax(1), -1),
-                     {**link_evidence(T, C, cnt, hist, cands, scores), **attribute_evidence(attr, hist, cands)})
+        return [x[keep] for x in (user, end, cands, np.where(hit.any(1), hit.argmax(1), -1))]
 
-    val, test = lists(cnt, everyone, length - 2, True), lists(cnt, everyone, length - 1, True)
-    parts = []
+    def lists(counts, user, end, cands, target):
+        scores = prerank(counts.T, counts.cnt, flat, start[user], end, attr if hybrid else None, cands)[1]
+        hist = gather_history(flat, start[user], end)
+        return Lists(user, hist, cands, target, {**link_evidence(counts.T, counts.C, counts.cnt, hist, cands, scores),
+                                                 **attribute_evidence(attr, hist, cands)}), scores
+
+    def joined(parts):
+        cat = lambda get: np.concatenate([get(p) for p in parts])
+        return Lists(cat(lambda p: p.user), cat(lambda p: p.hist), cat(lambda p: p.cands), cat(lambda p: p.target),
+                     {name: cat(lambda p: p.evidence[name]) for name in parts[0].evidence})
+
+    old, new, train, val = Counts(seqs, n_items, 3), Counts(seqs, n_items, 2), [], []
     for f in range(FOLDS):                                     # a user is never scored by counts that know him
-        users, gone = everyone[f::FOLDS], torch.from_numpy(u % FOLDS == f)
+        users = everyone[f::FOLDS]
         n = length[users] - 3                                  # prefixes of 1 .. n items
         user = np.repeat(users, n)
         end = np.arange(len(user)) - np.repeat(np.cumsum(n) - n, n) + 1
-        add(gone, -1)
-        parts.append(lists(cnt - seen(users), user, end, False))
-        add(gone, 1)
-    cat = lambda get: np.concatenate([get(p) for p in parts])
-    train = Lists(cat(lambda p: p.user), cat(lambda p: p.hist), cat(lambda p: p.cands), cat(lambda p: p.target),
-                  {name: cat(lambda p: p.evidence[name]) for name in val.evidence})
-    return train, val, test
+        with old.without(f), new.without(f):
+            train.append(lists(new, *find(old, user, end, False))[0])
+    old = new
+    new = Counts(seqs, n_items, 1)
+    found = find(old, everyone, length - 2, True)
+    for f in range(FOLDS):                                     # their own validation item is the target
+        with new.without(f):
+            val.append(lists(new, *(x[found[0] % FOLDS == f] for x in found))[0])
+    test, scores = lists(new, *find(old, everyone, length - 1, True))
+    return joined(train), joined(val), test, np.argsort(-scores[:, :K], axis=1, kind="stable")
+
+
+def merge_rare(train, *others):
+    """Evidence that shares a token is rounded to combinations that training has at least once in RARE statements, the nearest by
+    the sum of differences: words that are hardly ever seen cannot be copied from the prompt (they made most traces fail that
+    failed), and nothing is lost by leaving them out."""
+    for fields in STATED.values():
+        sizes = [FIELDS[f] for f in fields]
+        value = np.indices(sizes).reshape(len(sizes), -1)                                          # (fields, combinations)
+        number = lambda lists: np.ravel_multi_index([lists.evidence[f] for f in fields], sizes)    # (N, 12)
+        seen = np.bincount(number(train).ravel(), minlength=value.shape[1])
+        kept = np.flatnonzero(seen * RARE >= seen.sum())
+        far = np.abs(value[:, :, None] - value[:, None, kept]).sum(0) - seen[kept] / seen.sum()    # ties: the more frequent
+        nearest = value[:, kept[far.argmin(1)]].astype(np.uint8)                                   # (fields, combinations)
+        for lists in (train, *others):
+            lists.evidence |= dict(zip(fields, nearest[:, number(lists)]))
 
 
 # --- The writer of training data -----------------------------------------------------------------------------------
@@ -251,8 +309,8 @@ def write_scores(train, *others, **kw):
 # Brands (b) and full category paths (p) are numbered by first appearance in the prompt: evidence asks only whether they are
 # equal, and 20 numbers are learned several times faster than 436 brands and 227 paths.
 
-CACHE = "3"  # to be raised when the meaning of the cached arrays changes
-STATED = {"depth": ("depth",), "leaf": ("leaf",), "link": ("link", "via"), "co": ("co", "links", "pop")}  # token: fields
+FRESH = "prerank, fresh"
+CACHE = "5"  # to be raised when the meaning of the cached arrays changes
 BRAND_MATCH = ["brand:unknown", "brand:0", "brand:1", "brand:1,last", "brand:2", "brand:2,last", "brand:3+", "brand:3+,last"]
 
 
@@ -326,13 +384,36 @@ def beauty_world(cfg):
                 cfg.n_train, cfg.n_val, cfg.n_test, hashlib.sha256(repr(items).encode() + b"".join(
                     s.tobytes() for s in sequences)).hexdigest()])
     path = folder(cfg, "world.pt")
+    with first_process_first():
+        return read_world(cfg, path, key, source) or make_world(cfg, path, key, source, sequences, items, n_skipped)
+
+
+def read_world(cfg, path, key, source):
+    """The World kept in a file, or None if there is none or it was made of other data or settings."""
     if os.path.exists(path):
         saved = load_tensors(path)
-        if saved["key"] == key:
+        if isinstance(saved, dict) and saved.get("key") == key and saved.get("digest") == digest(saved):
             splits = [Split(*(t.numpy() for t in saved[name])) for name in ("train", "val", "test")]
-            return World(saved["words"], cfg.n_labels, *splits, source, json.loads(saved["notes"]))
+            return World(saved["words"], cfg.n_labels, *splits, source, json.loads(saved["notes"]), {FRESH: saved["fresh"].numpy()})
+    return None
+
+
+def digest(saved):
+    """A checksum of all that a saved world holds: a damaged cache is made anew."""
+    out = hashlib.sha256()
+    for name in sorted(saved.keys() - {"digest"}):
+        out.update(type(saved[name]).__name__.encode())
+        for x in saved[name] if isinstance(saved[name], list) else [saved[name]]:
+            tensor = isinstance(x, torch.Tensor)
+            out.update(repr((name, x.dtype, x.shape) if tensor else (name, x)).encode() + (x.numpy().tobytes() if tensor else b""))
+    return out.hexdigest()
+
+
+def make_world(cfg, path, key, source, sequences, items, n_skipped):
+    """The World, prepared, and written to a file."""
     print("preparing Amazon Beauty: pre-ranker, evidence, trace writer (about a minute, once) ...")
-    train, val, test = prepare(sequences, items, cfg.hybrid)
+    train, val, test, fresh = prepare(sequences, items, cfg.hybrid)
+    merge_rare(train, val, test)
     write_scores(train, val, test)
     words, rng = beauty_words(items, cfg.n_labels), np.random.default_rng(11)
     # All examples whose target is in the list (the population that is tested), filled up with others: the writer
@@ -347,7 +428,9 @@ def beauty_world(cfg):
     for name, lists, (rows, k) in (("train", train, (rows, list_lengths(len(rows), cfg, rng))),
                                    ("val", val, fixed(val, cfg.n_val)), ("test", test, fixed(test, cfg.n_test))):
         splits[name] = tokenize(lists.take(rows), items, words, k, cfg.max_list)
-    world = World(words, cfg.n_labels, *splits.values(), source, notes)
+    fresh = np.pad(fresh[:cfg.n_test, :cfg.n_candidates], ((0, 0), (0, cfg.max_list - cfg.n_candidates)), constant_values=-1)
+    world = World(words, cfg.n_labels, *splits.values(), source, notes, {FRESH: fresh})
     saved = {n: [torch.from_numpy(getattr(s, f)) for f in s.__dataclass_fields__] for n, s in splits.items()}
-    save_atomically(path, lambda p: torch.save(saved | {"key": key, "words": words, "notes": json.dumps(notes)}, p))
+    saved |= {"key": key, "words": words, "notes": json.dumps(notes), "fresh": torch.from_numpy(fresh)}
+    save_atomically(path, lambda p: torch.save(saved | {"digest": digest(saved)}, p))
     return world

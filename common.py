@@ -1,6 +1,7 @@
-"""What all stages repeat, written once: set-up, checkpoints, learning-rate schedule, log, progress bar."""
+"""What all stages repeat, written once: set-up, several processes, checkpoints, learning-rate schedule, log, progress bar."""
 import contextlib
 import fcntl
+import glob
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from config import UserError, folder, parse_args, settings_of, steps_of
@@ -21,20 +23,75 @@ def script(main, doc):
     try:
         cfg = parse_args(doc)
         torch.set_num_threads(cfg.threads)
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")  # TF32: decoding is several times faster, and still float32 between products
+        if RANKS > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if device_of(cfg).type == "cuda" else "gloo")
         main(cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2)
+        if RANKS > 1:
+            dist.destroy_process_group()
+    except (UserError, OSError) as error:  # OSError: what the disk says (full, gone, read-only)
+        time.sleep(3 * (RANK > 0))  # what all processes find is said once: torchrun ends the others when the first has ended
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2) if RANKS > 1 else sys.exit(2)  # an orderly exit might wait for the others
+
+
+# --- Several processes, started by torchrun -------------------------------------------------------------------------------
+# Every process draws the same whole batch and works on its rows of it; a loss is the sum over its rows, divided by the
+# normaliser of the whole batch, so that the sum of the processes' gradients (Run.update) is the gradient of one process.
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def mine(n):
+    """The part of a batch of n rows that this process works on, a slice. UserError if the processes cannot share it evenly."""
+    if n % RANKS:
+        raise UserError(f"{RANKS} processes cannot share {n} rows evenly: choose --batch_size and --rl_prompts as multiples of {RANKS}")
+    return slice(RANK * n // RANKS, (RANK + 1) * n // RANKS)
+
+
+def total(x):
+    """The sum of a tensor over all processes; no gradient passes."""
+    x = x.detach().clone()
+    if RANKS > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gathered(x):
+    """What each process has, in their order: a list."""
+    out = [x] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(out, x)
+    return out
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The others enter when the first has left, and find what it has written."""
+    if RANK:
+        dist.barrier()
+    yield
+    if RANKS > 1 and not RANK:
+        dist.barrier()
+
+
+def of_my_own(gen):
+    """A generator that differs from process to process, for what they draw apart (roll-outs); with one process, gen itself."""
+    return gen if RANKS == 1 else torch.Generator().manual_seed(gen.initial_seed() + 1 + RANK)
 
 
 def device_of(cfg):
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
 
 
-def generator(cfg, name, step, device):
-    """A random generator that depends on (seed, name of the stage or use, step) and nothing else."""
+def generator(cfg, name, step):
+    """A random generator that depends on (seed, name of the stage or use, step) and nothing else. It is the CPU's, so that a GPU
+    sees the same batches and masks and is never waited for."""
     key = np.random.SeedSequence([cfg.seed, step, *name.encode()]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(key) % 2 ** 63)
+    return torch.Generator().manual_seed(int(key) % 2 ** 63)
 
 
 def new_model(cfg, world):
@@ -55,14 +112,17 @@ SHAPE = ("n_layer", "n_head", "d_model")  # what weights must have in common to 
 # --- Checkpoints ---------------------------------------------------------------------------------------------------------
 
 def save_atomically(path, write):
-    """write(temporary path), then move it into place: a reader sees the old file or the new one, never a part."""
+    """write(temporary path), then move it into place: a reader sees the old file or the new one, never a part. Of several
+    processes the first alone writes."""
+    if RANK:
+        return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.part"
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): free some space or choose another --run_dir")
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): free some space or choose another --run_dir")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -70,7 +130,11 @@ def save_atomically(path, write):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Holds a folder, made if need be, against a second run; the lock dies with its process, however that ends."""
+    """Holds a folder, made if need be, against a second run; the lock dies with its process, however that ends. Of several
+    processes the first alone holds it."""
+    if RANK:
+        yield
+        return
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "lock"), "w")
@@ -120,9 +184,24 @@ def read_checkpoint(cfg, stage, world):
 
 
 def check_checkpoint(path, state):
-    keys = {"stage", "settings", "words", "model", "optimizer", "step", "finished", "seconds"}
-    if not isinstance(state, dict) or not keys <= state.keys() or not isinstance(state["settings"], dict):
+    """UserError unless the dict has what _save writes, of the right types."""
+    kinds = dict(stage=str, settings=dict, words=list, model=dict, optimizer=dict, step=int, finished=bool, seconds=float)
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{path} is no checkpoint of this project: delete it and run the script of its stage again")
+
+
+def restore(path, model, state, optimizer=None):
+    """Load the weights, and the optimiser's state, of a checkpoint. UserError if they do not fit."""
+    try:
+        model.load_state_dict(state["model"])
+        if optimizer is not None and not state["finished"]:
+            optimizer.load_state_dict(state["optimizer"])
+            for p, kept in optimizer.state.items():
+                if any(kept[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")) or kept["step"].numel() != 1:
+                    raise ValueError("the shapes differ")
+    except Exception as error:  # whatever the content makes torch say
+        raise UserError(f"{path} does not hold the weights of this model ({type(error).__name__}): delete it and run the script of "
+                        f"its stage again")
 
 
 def start_from(cfg, world, stage):
@@ -136,13 +215,13 @@ def start_from(cfg, world, stage):
     check_checkpoint(cfg.init, state)
     if state["words"] != world.words or any(state["settings"].get(k) != getattr(cfg, k) for k in SHAPE):
         raise UserError(f"--init {cfg.init} is of another vocabulary or model shape: use the settings it was made with")
-    return with_weights(cfg, world, state)
+    return with_weights(cfg, world, state, cfg.init)
 
 
-def with_weights(cfg, world, state):
+def with_weights(cfg, world, state, path):
     """The model of a checkpoint, in eval mode."""
     model = new_model(cfg, world)
-    model.load_state_dict(state["model"])
+    restore(path, model, state)
     return model.eval()
 
 
@@ -154,7 +233,7 @@ def load_stage(cfg, stage, world, state=None):
         raise UserError(f"no finished checkpoint {checkpoint_path(cfg, stage)}: first run "
                         f"`python train_{stage}.py --config {cfg.config}` with the same settings" +
                         (", or name another with --teacher" if stage == "ar" else ""))
-    return with_weights(cfg, world, state), state
+    return with_weights(cfg, world, state, checkpoint_path(cfg, stage)), state
 
 
 # --- The loop around a stage's own loss -----------------------------------------------------------------------------------
@@ -174,12 +253,11 @@ class Run:
         decay = [p for p in model.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if p.dim() != 2]
         self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
-                                            {"params": rest, "weight_decay": 0.0}], lr=self.lr, betas=(0.9, 0.98))
+                                            {"params": rest, "weight_decay": 0.0}], lr=self.lr, betas=(0.9, 0.98), fused=device_of(cfg).type == "cuda")
         self.first, self.seconds, self.shown, self.finished = 0, 0.0, {}, False
         state = read_checkpoint(cfg, stage, world)
         if state is not None:
-            model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore(checkpoint_path(cfg, stage), model, state, self.optimizer)
             self.first, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]
         self.log_path = os.path.join(os.path.dirname(checkpoint_path(cfg, stage)), "metrics.jsonl")
 
@@ -188,13 +266,13 @@ class Run:
         if self.finished:
             print(f"{self.stage}: finished already ({checkpoint_path(self.cfg, self.stage)}); delete it to train again")
             return
-        started, before = time.perf_counter(), self.seconds
+        self.started, before = time.perf_counter(), self.seconds
         with locked(os.path.dirname(self.log_path)), self._cut_log() as self.log_file, \
-                tqdm(range(self.first, self.n_steps), initial=self.first, total=self.n_steps, desc=self.stage) as self.bar:
+                tqdm(range(self.first, self.n_steps), initial=self.first, total=self.n_steps, desc=self.stage, disable=RANK > 0) as self.bar:
             for self.step in self.bar:
                 yield self.step
                 done = self.step + 1
-                self.seconds = before + time.perf_counter() - started
+                self.seconds = before + time.perf_counter() - self.started
                 if done % self.cfg.save_every == 0 or done == self.n_steps:
                     self.log_file.flush()
                     self._save(done)
@@ -205,18 +283,26 @@ class Run:
         progress = self.step / max(1, self.n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * scale * 0.5 * (1 + math.cos(math.pi * progress))
-        if not torch.isfinite(loss):
-            raise UserError(f"{self.stage}: the loss is {loss.item()} at step {self.step}: try a lower --{self.stage}_lr; the "
-                            f"last checkpoint is {checkpoint_path(self.cfg, self.stage)}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if RANKS > 1:
+            for p in self.model.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+        loss = total(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
         self.optimizer.step()
-        return norm.item()
+        loss, norm = loss.item(), norm.item()  # waits for the GPU: the only time in a step
+        if not math.isfinite(loss + norm):
+            raise UserError(f"{self.stage}: loss {loss}, gradient norm {norm} at step {self.step}: try a lower --{self.stage}_lr; "
+                            f"the last checkpoint is {checkpoint_path(self.cfg, self.stage)}")
+        return norm
 
     def log(self, **values):
-        """One line of metrics.jsonl, and the bar."""
-        self.log_file.write(json.dumps({"step": self.step, **values}) + "\n")
+        """One line of metrics.jsonl, and the bar. seconds: since this process began the stage."""
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        line = {"step": self.step, **values, "seconds": round(time.perf_counter() - self.started, 2)}
+        self.log_file.write(json.dumps(line) + "\n")
         self.shown.update(values)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in self.shown.items()})
 
@@ -231,12 +317,14 @@ class Run:
 
     def _cut_log(self):
         """The log, open for more, without the lines of steps that will be done again (a killed run logs more than it saved)."""
+        for left in glob.glob(os.path.join(glob.escape(os.path.dirname(self.log_path)), "*.part")) if not RANK else ():
+            os.remove(left)  # of a run that was killed while it wrote
         lines = []
         if os.path.exists(self.log_path) and self.first:
             with open(self.log_path) as f:
                 lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < self.first]
         save_atomically(self.log_path, lambda path: open(path, "w").writelines(lines))
-        return open(self.log_path, "a")
+        return open(os.devnull if RANK else self.log_path, "a")
 
 
 def draw_batch(k, size, gen):
@@ -244,7 +332,7 @@ def draw_batch(k, size, gen):
 
     Each row is as likely as any other, and a batch needs next to no padding (which saves a fifth of a step on Beauty).
     """
-    draw = lambda n, size: torch.randint(n, (size,), generator=gen, device=gen.device).cpu().numpy()
+    draw = lambda n, size: torch.randint(n, (size,), generator=gen).numpy()
     pool = np.flatnonzero(k == k[draw(len(k), 1)[0]])
     return pool[draw(len(pool), size)]
 

@@ -51,8 +51,10 @@ class Config:
     weight_decay: float = 0.05
     grad_clip: float = 1.0
     bfloat16: bool = True        # training forwards in bfloat16 autocast where the hardware has it, else in float32
+    compile: bool = False        # torch.compile the forwards of AR training, on a GPU
     warmup: int = 50             # steps of linear warm-up; then cosine decay to zero
     answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
+    misplace: float = 0.5        # share of training answers that show labels in wrong places, in AR and CFT
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
     save_every: int = 100        # steps between checkpoints
     valid_every: int = 100       # steps between the valid rates shown in the bar
@@ -63,7 +65,8 @@ class Config:
 
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
-    commit: str = "threshold"    # threshold: confidence > tau | factor: (n+1)(1 - c_n) < tau | steps: tau a block
+    commit: str = "independent"  # independent | threshold | factor | steps: see diffusion.choose
+    clash: float = 0.1           # independent: slots that collide with a higher probability are never committed together
     tau: float = 0.98            # (roll-outs have thresholds of their own: tau can be turned after training)
 
     # CFT: conversion fine-tuning
@@ -120,18 +123,18 @@ PRESETS = {
     "toy": {},
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
-        n_val=1000, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=200, rl_steps=60,
+        n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
+        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=200, rl_steps=100,
         rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.95,1.0", tau=0.98),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
-        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=256, warmup=200,
-        ar_steps=4000, ar_lr=6e-4, cft_steps=4000, cft_lr=4e-4, cft_prompts=60000, opd_steps=400, rl_steps=300,
-        rl_prompts=64, eval_batch=1024),
+        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=128, warmup=200, compile=True,
+        ar_steps=4000, ar_lr=8e-4, cft_steps=1200, cft_lr=4e-4, cft_prompts=20000, opd_steps=60, opd_lr=2e-4, rl_steps=60,
+        rl_lr=1e-4, rl_prompts=16, eval_batch=512, eval_curve_users=1000, eval_taus="0.9,0.95,1.0", tau=0.98),
 }
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the checkpoint of the one before
-RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "beside", "ablate", "save_every", "valid_every", "n_val", "n_test", "tau",
-           "commit", "teacher", "init"}  # these change no weight
+RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "beside", "ablate", "save_every", "valid_every", "compile", "n_val", "n_test", "tau",
+           "commit", "clash", "teacher", "init"}  # these change no weight
 
 
 def parse_args(doc, argv=None):
@@ -175,7 +178,7 @@ def _convert(name, kind, value):
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is written; returns cfg."""
-    choices = dict(world=("toy", "beauty"), commit=("threshold", "factor", "steps"), device=("auto", "cpu", "cuda"),
+    choices = dict(world=("toy", "beauty"), commit=("independent", "threshold", "factor", "steps"), device=("auto", "cpu", "cuda"),
                    eval_split=("test", "val"), cft_noise=("complementary", "uniform", "clipped"), opd_divergence=("forward", "reverse", "jsd"),
                    opd_source=("student", "teacher"), opd_states=("masked", "committed", "next"), ablate=("cft", "opd"))
     for name, allowed in choices.items():

@@ -11,6 +11,7 @@ Two worlds share this format: the toy world (synthetic, with a Bayes oracle) and
 import argparse
 import ast
 import collections
+import dataclasses
 import functools
 import gzip
 import html
@@ -53,6 +54,11 @@ class Split:
         """(N,) lengths of the lists."""
         return (self.incoming >= 0).sum(1)
 
+    @functools.cached_property
+    def response(self):
+        """(N, R) int16, right-padded: trace, <answer>, labels, [EOS]."""
+        return responses(self.trace, self.order)
+
     def take(self, rows):
         return Split(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
@@ -66,6 +72,7 @@ class World:
     test: Split
     source: str         # where the data came from, for the report
     notes: dict         # measured facts about the data: counts, pre-ranker figures
+    references: dict = dataclasses.field(default_factory=dict)  # name -> (N, max_list) order of the test candidates, a row beside ours
 
     @property
     def max_response(self):
@@ -75,9 +82,9 @@ class World:
 
 def tensors(split, rows, device):
     """The rows' prompts and reference responses as int64 tensors: (n, P), (n, R), no column all padding."""
-    part = split.take(rows)
-    return (torch.from_numpy(pack(part.prompt, left=True).astype(np.int64)).to(device),
-            torch.from_numpy(responses(part.trace, part.order).astype(np.int64)).to(device))
+    prompt, response = split.prompt[rows], split.response[rows]
+    prompt, response = prompt[:, (prompt != PAD).any(0)], response[:, (response != PAD).any(0)]
+    return torch.from_numpy(prompt).to(device).long(), torch.from_numpy(response).to(device).long()
 
 
 def responses(trace, order):

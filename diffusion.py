@@ -6,13 +6,14 @@ state shows [MASK] where a token is not committed yet. The token shift of the AR
 predicts token i. Hence a block's first token is predicted by the last *clean* token before the block, exactly as in AR
 decoding, and at B = 1 nothing else is left: block diffusion is AR.
 """
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from model import EOS, MASK, PAD, KVCache, pad_left, sample
+from model import EOS, MASK, PAD, KVCache, pad_left, recorded, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
 SPLIT = 16  # rows from which those that open a block and those inside one take forwards of their own, not one as wide as the
@@ -108,8 +109,8 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None)
     stream predicts, is 1 in the first of a pair and 0 in the second.
     """
     n, B = n_segments, block_size
-    rand = lambda *size: torch.rand(*size, generator=generator, device=device)
-    strata = torch.randperm(n, generator=generator, device=device)
+    rand = lambda *size: torch.rand(*size, generator=generator).to(device)
+    strata = torch.randperm(n, generator=generator).to(device)
     t = 1 - (strata + rand(n)) / n  # (0, 1]
     if kind == "clipped":
         t = 0.3 + 0.5 * t
@@ -126,7 +127,7 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None)
 
 
 def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_step=0.0, generator=None, weight=None,
-                   extra=None):
+                   extra=None, source=None, rows=slice(None)):
     """Masked-diffusion loss with the token shift, a scalar in nats per token.
 
     -log p(y) <= sum over blocks of  -log p(first token | clean past)
@@ -136,11 +137,18 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
 
     prompt (N, P) left-padded; response (N, R) right-padded with [PAD] after [EOS]; weight (N, R) loss weight of each token
     (default 1), the normaliser being the sum of the weights; extra (N, E) blocks that are noised once more for every time
-    they are named: more states of the same block in one forward, whose mean takes the place of the single draw.
+    they are named: more states of the same block in one forward, whose mean takes the place of the single draw;
+    source (N, R) the slot whose token each slot shows (a permutation; default: its own): then y is still what the model must
+    say, but what it sees differs, and masked slots must become what is left (what_is_left); rows: the part of the batch whose
+    loss is summed, the draws and the normaliser being those of the whole.
     """
     weight = torch.ones(response.shape, device=response.device) if weight is None else weight
     weight = torch.where(response == PAD, 1.0, weight)  # the fill behind [EOS] weighs 1, however wide the batch came
+    R = response.shape[1]
     response, real = fill_last_block(response, block_size)
+    slot = torch.arange(response.shape[1], device=response.device).expand(len(response), -1)
+    source = slot if source is None else torch.cat((source, slot[:, R:]), dim=1)
+    shown = response.gather(1, source)
     weight = F.pad(weight, (0, response.shape[1] - weight.shape[1]), value=1.0) * real
     block = every_block(response, block_size)  # (N, blocks)
     if extra is not None:
@@ -149,15 +157,32 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     times = (block[:, :, None] == block[:, None]).sum(2)  # (N, M) how often the same block is there
     masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, response.device))
     S = masks.shape[2]
-    of_block = lambda x: take_blocks(x, block, B)[:, :, None].expand(-1, -1, S, -1)
-    target = of_block(response)  # (N, M, S, B)
-    share = share * of_block(weight) / times[..., None, None]
-    noised = torch.where(masks & of_block(real), MASK, target)
-    hidden = segment_hidden(model, prompt, response, noised.flatten(1, 2), block.repeat_interleave(S, 1))
-    needed = (share > 0).view(N, M * S, B)
-    logits = full_precision(model.logits(hidden[needed]))  # (needed, V)
-    nats = F.cross_entropy(logits, target.reshape(needed.shape)[needed], reduction="none")
-    return (nats * share.view(needed.shape)[needed]).sum() / weight.sum()
+    block, times = block.repeat_interleave(S, 1), times.repeat_interleave(S, 1)  # (N, M S)
+    of_block = lambda x: take_blocks(x, block, B)  # (N, R) -> (N, M S, B)
+    share = share.flatten(1, 2) * of_block(weight) / times[..., None]
+    masked = masks.flatten(1, 2) & of_block(real)
+    noised = torch.where(masked, MASK, of_block(shown))
+    target = response.gather(1, what_is_left(source, block, masked).flatten(1)).view(noised.shape)
+    prompt, shown, noised, block, share, target = (x[rows] for x in (prompt, shown, noised, block, share, target))
+    needed = share.flatten().nonzero()[:, 0]  # found before the forward: looking for them waits for the GPU
+    hidden = segment_hidden(model, prompt, shown, noised, block)
+    nats = F.cross_entropy(full_precision(model.logits(hidden.flatten(0, 2)[needed])), target.flatten()[needed], reduction="none")
+    return (nats * share.flatten()[needed]).sum() / weight.sum()
+
+
+def what_is_left(source, block, masked):
+    """What the masked slots of segments must become: the tokens that the segment and the clean text before it do not show, in the
+    order of the response. source (N, R), block (N, M), masked (N, M, B) -> slots of the response (N, M, B); slot 0 is
+    predicted from the clean text alone, whether it is masked or not. If source is the identity, so is this.
+    """
+    B, R = masked.shape[-1], source.shape[1]
+    start = block[..., None] * B
+    slot = torch.arange(R, device=source.device)
+    open_ = (slot >= start).scatter(2, start + slot[:B], masked)  # (N, M, R): masked, or behind the block
+    left = torch.where(open_, source[:, None], R).sort(-1).values
+    left = left.gather(2, (masked.cumsum(-1) - 1).clamp(min=0)).clamp(max=R - 1)  # R: nothing is left, and no slot asks
+    first = torch.where(slot >= start, source[:, None], R).amin(-1, keepdim=True)
+    return torch.cat((first, left[..., 1:]), dim=-1)
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -181,33 +206,134 @@ class Decoded:
         return Decoded(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
 
-def choose(confidence, open_, forced, rule, tau):
-    """Which open slots to commit now: confidence, open_, forced (N, B) -> bool (N, B).
+def choose(logp, open_, forced, rule, tau, clash=0.1):
+    """Which open slots to commit now: logp (N, B, V) log-probabilities, open_, forced (N, B) -> bool (N, B).
 
-    threshold: every slot with confidence > tau. factor: the n most confident, n the largest with
-    (n+1)(1 - c_(n)) < tau (Fast-dLLM, arXiv 2505.22618, sec. 3.3). steps: the ceil(B / tau) most confident, so that a block
-    takes about tau steps whatever the confidence. Slots in `forced` are committed whatever the rule; a row with none
-    commits at least its best, so that every step makes progress. The choice depends on the distributions only, not on the
-    tokens drawn from them: given the state it is no random event.
+    threshold: every slot with confidence max p > tau. independent: the same, and where no slot is that sure, every slot that is
+    surer than all those that might say the same token, i.e. with which it would collide with probability
+    sum_v p_i(v) p_j(v) > clash; drawn apart, such slots are what duplicates come from, and slots that want different tokens may
+    as well go together. factor: the n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM,
+    arXiv 2505.22618, sec. 3.3). steps: the ceil(B / tau) most confident, so that a block takes about tau steps whatever the
+    confidence. Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step
+    makes progress. The choice depends on the distributions only, not on the tokens drawn from them: given the state it is no
+    random event.
     """
-    confidence = torch.where(open_, confidence, -1.0)
-    if rule == "threshold":
+    confidence = torch.where(open_, logp.amax(-1).exp(), -1.0)
+    B, place = logp.shape[1], torch.arange(logp.shape[1], device=logp.device)
+    if rule in ("threshold", "independent"):
         chosen = open_ & (confidence > tau)
     else:
         ranked, order = confidence.sort(dim=1, descending=True, stable=True)
-        n = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
+        n = place + 1
         if rule == "factor":
             n_commit = (((n + 1) * (1 - ranked) < tau) & (ranked >= 0)).mul(n).amax(1, keepdim=True)
         else:
-            n_commit = math.ceil(len(n) / tau)
+            n_commit = math.ceil(B / tau)
         chosen = torch.zeros_like(open_).scatter(1, order, (n <= n_commit).expand_as(order)) & open_
-    best = F.one_hot(confidence.argmax(1), confidence.shape[1]).bool() & open_
-    return chosen | forced | (best & ~forced.any(1, keepdim=True))
+    surest = F.one_hot(confidence.argmax(1), B).bool() & open_
+    if rule == "independent":
+        p = logp.exp() * open_[..., None]
+        surer = confidence[:, None] > confidence[..., None]  # (N, i, j): j is surer than i, of equals the first
+        surer |= (confidence[:, None] == confidence[..., None]) & (place < place[:, None])
+        surest = open_ & ~((p @ p.transpose(1, 2) > clash) & surer).any(-1)
+        return torch.where((chosen | forced).any(1, keepdim=True), chosen | forced, surest)
+    return chosen | forced | (surest & ~forced.any(1, keepdim=True))
+
+
+class BlockState:
+    """A batch of responses being decoded: n rows, each at its own pace. All methods are without host syncs."""
+
+    def __init__(self, model, prompt, n_tokens, block_size, prefix=None):
+        """prompt (n, P) left-padded, n_tokens a multiple of B, prefix (n, L), whole blocks, the given beginning."""
+        B, (n, P) = block_size, prompt.shape
+        self.model, self.B, self.R = model, B, n_tokens
+        self.P = max(B, P)                                       # the window before the first block must exist
+        dev = prompt.device
+        zeros = lambda *size: torch.zeros(*size, dtype=torch.long, device=dev)
+        self.seq = zeros(n, self.P + n_tokens)                   # prompt and response, [MASK] where nothing is committed
+        self.step = zeros(n, n_tokens)
+        self.logp = model.embed.weight.new_zeros(n, n_tokens)
+        self.pad, self.block, self.in_block, self.forwards = zeros(n), zeros(n), zeros(n), zeros(n)
+        self.running = zeros(n).bool()
+        self.cache = KVCache(model, n, self.P + n_tokens)
+        self.slot, self.lane = torch.arange(self.P + n_tokens, device=dev), torch.arange(B, device=dev)
+        response = (self.slot - self.P) // B * B + B - 1         # last slot that a query of the response sees
+        self.visible_to = torch.where(self.slot < self.P, self.slot, self.P + response)
+        self.start(prompt, prefix)
+
+    def start(self, prompt, prefix=None):
+        """Begin anew with other prompts (n, P), in the same memory."""
+        self.given = 0 if prefix is None else prefix.shape[1]
+        self.seq[:, :self.P] = F.pad(prompt, (self.P - prompt.shape[1], 0), value=PAD)
+        self.seq[:, self.P:] = MASK
+        if self.given:
+            self.seq[:, self.P:self.P + self.given] = prefix
+        self.pad.copy_(pad_left(self.seq[:, :self.P]))
+        self.block.fill_(self.given // self.B)                   # the block being denoised
+        self.step.fill_(NEVER)
+        self.in_block.zero_()                                    # steps done in it; 0: the block before is not stored yet
+        self.logp.zero_(), self.forwards.zero_(), self.running.fill_(True)
+
+    def keep(self, rows):
+        """Go on with some of the rows (m,) only."""
+        for name in ("seq", "step", "logp", "pad", "block", "in_block", "forwards", "running"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.cache.keep(rows)
+
+    def forward(self, some, n_clean, width, n_keys):
+        """Run the window that starts n_clean slots before the block, of the rows `some` -> hidden (m, width, d)."""
+        at = (self.P + self.block[some, None] * self.B) - n_clean + torch.arange(width, device=self.seq.device)  # (m, width)
+        pad = self.pad[some, None]
+        slot = self.slot[:n_keys]
+        mask = (slot <= self.visible_to[at][..., None]) & (slot >= pad[..., None])
+        mask |= slot == at[..., None]  # padding sees itself: no empty softmax
+        cache = self.cache if isinstance(some, slice) else self.cache.of(some)
+        return self.model(self.seq[some].gather(1, at), (at - pad).clamp(min=0), mask[:, None], cache, at, n_keys)
+
+    def predict(self, some, n_clean, n_keys):
+        """One forward over n_clean clean slots and the block -> hidden (m, B, d) that predict the block. Slot i is predicted at
+        i - 1, slot 0 by the clean part; without one it is committed already, and what it gets is unused."""
+        hidden = self.forward(some, n_clean, n_clean + self.B, n_keys)
+        return hidden[:, n_clean - 1:-1] if n_clean else torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
+
+    def commit(self, hidden, rule, tau, clash, temperature=0.0, generator=None, constrain=None):
+        """Draw tokens from what predicts the block, hidden (n, B, d), commit those that the rule chooses, and go on to the next
+        block where this one is finished."""
+        at = self.block[:, None] * self.B + self.lane            # (n, B) slots of the response
+        tokens = self.seq[:, self.P:].gather(1, at)
+        eos = (tokens == EOS).cumsum(1) > 0                      # at or behind the first committed [EOS]
+        open_ = (tokens == MASK) & ~eos
+        logits = self.model.logits(hidden)                       # (n, B, V)
+        if constrain is not None:
+            logits = constrain(logits, self.seq[:, self.P:], at)
+        drawn, logp, every = sample(logits, temperature, generator)
+        forced = (self.in_block == 0)[:, None] & (self.lane == 0)
+        chosen = choose(every, open_, forced, rule, tau, clash) & self.running[:, None]
+        tokens = torch.where(chosen, drawn, tokens)
+        self.seq.scatter_(1, at + self.P, tokens)
+        self.step.scatter_(1, at, torch.where(chosen, self.in_block[:, None], self.step.gather(1, at)))
+        self.logp.scatter_(1, at, torch.where(chosen, logp, self.logp.gather(1, at)))
+        self.forwards += self.running
+        # A block is finished when nothing is open before its first [EOS]; with an [EOS] the row is finished too.
+        is_eos = tokens == EOS
+        full = ~((tokens == MASK) & (is_eos.cumsum(1) == 0)).any(1)
+        done = full & (is_eos.any(1) | (self.block == self.R // self.B - 1))
+        self.running &= ~done
+        full &= ~done
+        self.block += full
+        self.in_block.copy_(torch.where(full, 0, self.in_block + 1))
+
+    def result(self):
+        """-> Decoded"""
+        filled = self.seq[:, self.P:].clone()
+        behind = ((filled == EOS).cumsum(1) - (filled == EOS).long()) > 0
+        tokens = torch.where(behind | (filled == MASK), PAD, filled)
+        return Decoded(tokens, filled, self.step.clone(), torch.where(tokens == PAD, 0.0, self.logp), self.forwards.clone())
 
 
 @torch.no_grad()
 def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, temperature=0.0, generator=None,
-                 fuse=True, constrain=None, prefix=None):
+                 fuse=True, constrain=None, prefix=None, clash=0.1):
     """Block-diffusion decoding with a KV cache: a batch of rows, each at its own pace.
 
     Every forward feeds one window of the sequence: the block being denoised, preceded, where a row has just finished a
@@ -216,96 +342,58 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     previous block is stored already merely store it again, unchanged. Keys of the block being denoised are written to
     the cache too and overwritten by the next forward.
 
-    prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau: see `choose`;
+    prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash: see `choose`;
     fuse=False spends a forward of its own on the store (a reference, same tokens); constrain, optional, is a function
     (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained decoder; prefix (N, L), whole
     blocks, is a response's given beginning. Returns Decoded. A row's result does not depend on the other rows of its batch,
     up to float round-off.
     """
-    B, (N, P0) = block_size, prompt.shape
-    prompt = F.pad(prompt, (max(0, B - P0), 0), value=PAD)  # the window before the first block must exist
-    P, R = prompt.shape[1], math.ceil(max_len / B) * B
-    dev = prompt.device
-    seq = F.pad(prompt, (0, R), value=MASK)  # (n, P+R), only rows still running
-    given = 0 if prefix is None else prefix.shape[1]
-    if given:
-        seq[:, P:P + given] = prefix
-    step = torch.full((N, R), NEVER, device=dev)
-    logp = model.embed.weight.new_zeros(N, R)
-    out = Decoded(seq[:, P:].clone(), seq[:, P:].clone(), step.clone(), logp.clone(), torch.zeros(N, dtype=torch.long, device=dev))
-    rows, pad = torch.arange(N, device=dev), pad_left(prompt)
-    block = torch.full((N,), given // B, device=dev)         # index of the block being denoised
-    in_block = torch.zeros_like(block)                       # steps done in it; 0 = the block before is not stored yet
-    forwards = torch.zeros_like(block)
-    cache = KVCache(model, N, P + R)
-    slot = torch.arange(P + R, device=dev)
-    visible_to = torch.where(slot < P, slot, P + (slot - P) // B * B + B - 1)  # (P+R,) last slot that a query sees
-    lane = torch.arange(B, device=dev)
-
-    def forward(some, n_clean, width):
-        """Run the window that starts n_clean slots before the block, of the rows `some` -> hidden (n, width, d)."""
-        at = here[some, None] - n_clean + torch.arange(width, device=dev)  # (n, width)
-        mask = (slot[:n_keys] <= visible_to[at][..., None]) & (slot[:n_keys] >= pad[some, None, None])
-        mask |= slot[:n_keys] == at[..., None]  # padding sees itself: no empty softmax
-        part = cache if isinstance(some, slice) else cache.of(some)
-        return model(seq[some].gather(1, at), (at - pad[some, None]).clamp(min=0), mask[:, None], part, at, n_keys)
-
-    def predict(some, n_clean):
-        """One forward over n_clean clean slots and the block -> hidden (n, B, d) that predict the block. Slot i is predicted at
-        i - 1, slot 0 by the clean part; without one it is committed already, and what it gets is unused."""
-        hidden = forward(some, n_clean, n_clean + B)
-        return hidden[:, n_clean - 1:-1] if n_clean else torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
-
+    B, N = block_size, len(prompt)
+    R = math.ceil(max_len / B) * B
+    if prompt.is_cuda and fuse and constrain is None and prefix is None:
+        return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash)
+    s = BlockState(model, prompt, R, B, prefix)
+    P, everyone = s.P, slice(None)
+    rows = torch.arange(N, device=prompt.device)
+    out = s.result()
     while len(rows):
-        fresh = in_block == 0
-        here = P + block * B                                   # (n,) first slot of the block
-        n_keys = int(here.max()) + B
-        n_clean = P + given if forwards[0] == 0 else B         # the first forward reads the prompts
+        fresh = s.in_block == 0
+        n_keys = P + int(s.block.max()) * B + B
+        n_clean = P + s.given if s.forwards[0] == 0 else B     # the first forward reads the prompts
         if fresh.any() and not fuse:
-            stored = forward(slice(None), n_clean, n_clean)[:, -1:]
-            forwards += fresh
-            hidden = torch.cat((stored, forward(slice(None), 0, B)[:, :-1]), dim=1)
+            stored = s.forward(everyone, n_clean, n_clean, n_keys)[:, -1:]
+            s.forwards += fresh
+            hidden = torch.cat((stored, s.forward(everyone, 0, B, n_keys)[:, :-1]), dim=1)
         elif fresh.all() or not fresh.any():
-            hidden = predict(slice(None), n_clean if fresh.any() else 0)
+            hidden = s.predict(everyone, n_clean if fresh.any() else 0, n_keys)
         elif len(rows) < SPLIT:
-            hidden = predict(slice(None), n_clean)             # the others store their last block again, unchanged
+            hidden = s.predict(everyone, n_clean, n_keys)      # the others store their last block again, unchanged
         else:
-            hidden = logp.new_empty(len(rows), B, cache.k.shape[-1])
+            hidden = s.logp.new_empty(len(rows), B, s.cache.k.shape[-1])
             for some, clean in ((fresh.nonzero()[:, 0], n_clean), ((~fresh).nonzero()[:, 0], 0)):
-                hidden[some] = predict(some, clean)
-        forwards += 1
-        at = here[:, None] + lane                              # (n, B)
-        tokens = seq.gather(1, at)
-        eos = (tokens == EOS).cumsum(1) > 0                    # at or behind the first committed [EOS]
-        open_ = (tokens == MASK) & ~eos
-        logits = model.logits(hidden)                          # (n, B, V)
-        if constrain is not None:
-            logits = constrain(logits, seq[:, P:], at - P, rows)
-        drawn, lp, best = sample(logits, temperature, generator)
-        chosen = choose(best.exp(), open_, fresh[:, None] & (lane == 0), rule, tau)
-        tokens = torch.where(chosen, drawn, tokens)
-        seq.scatter_(1, at, tokens)
-        step.scatter_(1, at - P, torch.where(chosen, in_block[:, None], step.gather(1, at - P)))
-        logp.scatter_(1, at - P, torch.where(chosen, lp, logp.gather(1, at - P)))
-        # A block is finished when nothing is open before its first [EOS]; with an [EOS] the row is finished too.
-        is_eos = tokens == EOS
-        before_eos = (is_eos.cumsum(1) == 0)
-        full = ~((tokens == MASK) & before_eos).any(1)
-        done = full & (is_eos.any(1) | (block == R // B - 1))
-        block = torch.where(full, block + 1, block)
-        in_block = torch.where(full, 0, in_block + 1)
-        if done.any():
-            r = rows[done]
-            out.filled[r], out.commit_step[r] = seq[done, P:], step[done]
-            out.logp[r], out.forwards[r] = logp[done], forwards[done]
-            go = (~done).nonzero()[:, 0]
-            rows, seq, step, logp, pad, block, in_block, forwards = (
-                x[go] for x in (rows, seq, step, logp, pad, block, in_block, forwards))
-            cache.keep(go)
-    behind = ((out.filled == EOS).cumsum(1) - (out.filled == EOS).long()) > 0
-    out.tokens = torch.where(behind | (out.filled == MASK), PAD, out.filled)
-    out.logp = torch.where(out.tokens == PAD, 0.0, out.logp)
+                hidden[some] = s.predict(some, clean, n_keys)
+        s.commit(hidden, rule, tau, clash, temperature, generator, constrain and functools.partial(constrain, rows=rows))
+        if not s.running.all():
+            done, go = (~s.running).nonzero()[:, 0], s.running.nonzero()[:, 0]
+            for name, value in vars(s.result()).items():
+                getattr(out, name)[rows[done]] = value[done]
+            rows = rows[go]
+            s.keep(go)
     return out
+
+
+def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.1):
+    """block_decode for GPUs, where a small model's time is the time to launch its kernels: all shapes are fixed (the window
+    is always two blocks wide, finished rows stay), so that a step can be recorded once and replayed (model.recorded)."""
+    prompt = F.pad(prompt, (-prompt.shape[1] % 32, 0), value=PAD)  # few shapes
+    s, step = recorded(model, ("block", *prompt.shape, n_tokens, block_size, rule, tau, clash, temperature),
+                       lambda: BlockState(model, prompt, n_tokens, block_size), generator)
+    n_keys, everyone = s.P + n_tokens, slice(None)
+    s.start(prompt)
+    step("read", lambda: s.commit(s.predict(everyone, s.P, n_keys), rule, tau, clash, temperature, s.generator))
+    while s.running.any():
+        step("step", lambda: s.commit(s.predict(everyone, block_size, n_keys), rule, tau, clash, temperature, s.generator))
+    return s.result()
 
 
 # --- Replay: what the sampler saw, and exact log-probabilities of what it did ------------------------------------------

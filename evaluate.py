@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import device_of, load_stage, load_tensors, read_checkpoint, save_atomically, script
+from common import RANK, RANKS, device_of, gathered, load_stage, load_tensors, read_checkpoint, save_atomically, script
 from config import STAGES, UserError, folder
 from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
 from diffusion import block_decode
@@ -80,14 +80,15 @@ def score_order(split, order):
 
 def decode_split(cfg, world, split, decoder, desc):
     """Run decoder(prompt, rows) -> (tokens, forwards) over a split in batches: tokens (N, R) int64, forwards (N,)."""
-    all_tokens, all_forwards = [], []
-    for i in tqdm(range(0, len(split), cfg.eval_batch), desc=desc, leave=False):
+    starts, found = range(0, len(split), cfg.eval_batch), {}
+    for i in tqdm(starts[RANK::RANKS], desc=desc, leave=False, disable=RANK > 0):
         rows = range(i, min(len(split), i + cfg.eval_batch))
         tokens, forwards = decoder(tensors(split, rows, device_of(cfg))[0], rows)
-        all_tokens.append(tokens.cpu().numpy())
-        all_forwards.append(forwards.cpu().numpy())
-    width = max(t.shape[1] for t in all_tokens)
-    return np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in all_tokens]), np.concatenate(all_forwards)
+        found[i] = tokens.cpu().numpy(), forwards.cpu().numpy()
+    found = {i: part for of_rank in gathered(found) for i, part in of_rank.items()}
+    width = max(tokens.shape[1] for tokens, _ in found.values())
+    return (np.concatenate([np.pad(found[i][0], ((0, 0), (0, width - found[i][0].shape[1]))) for i in starts]),
+            np.concatenate([found[i][1] for i in starts]))
 
 
 def constrain_answer(world, split):
@@ -136,8 +137,8 @@ def stage_decoder(cfg, world, model, stage, tau):
     constrain = constrain_answer(world, world.test) if stage == "constrained" else None
 
     def decoder(prompt, rows):
-        hook = (lambda *a: constrain(*a, first=rows[0])) if constrain else None
-        decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, tau, constrain=hook)
+        hook = constrain and functools.partial(constrain, first=rows[0])
+        decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, tau, constrain=hook, clash=cfg.clash)
         return decoded.tokens, decoded.forwards
     return decoder
 
@@ -150,10 +151,12 @@ def speed(cfg, world, teacher, student, batch, max_len=None):
     Returns {"ar": tokens/s, "block": tokens/s, "ratio": block / ar, "ar_ms", "block_ms": milliseconds a batch}; generated
     tokens only, wall time of the whole decode, the prompt's forward included.
     """
+    if RANK:  # the first process measures and reports
+        return dict.fromkeys(("ar", "block", "ratio", "ar_ms", "block_ms"), 0.0)
     max_len, device = max_len or world.max_response, device_of(cfg)
     seconds, tokens, start, i = [0.0, 0.0], [0, 0], time.perf_counter(), 0
     decoders = (lambda p: ar_decode(teacher, p, max_len)[0],
-                lambda p: block_decode(student, p, max_len, cfg.block_size, cfg.commit, cfg.tau).tokens)
+                lambda p: block_decode(student, p, max_len, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash).tokens)
     while i < 2 or time.perf_counter() - start < cfg.eval_speed_seconds:
         rows = np.arange(i * batch, (i + 1) * batch) % len(world.test)
         prompt, _ = tensors(world.test, rows, device)
@@ -267,7 +270,7 @@ def evaluate_seed(cfg, world, seed, known):
 def main(cfg):
     world, name = load_world(cfg), "report"
     if cfg.eval_split == "val":
-        world, name = dataclasses.replace(world, test=world.val), "report_val"
+        world, name = dataclasses.replace(world, test=world.val, references={}), "report_val"
     seeds, beside = finished_seeds(cfg), scores_beside(cfg, world)  # what is missing is said before anything is decoded
     per_seed, known = {}, {}
     for seed in seeds:
@@ -278,6 +281,7 @@ def main(cfg):
     n = len(world.test)
     still = {"prerank": score_order(world.test, world.test.incoming),
              "oracle" if cfg.world == "toy" else "writer": score_order(world.test, world.test.order)}
+    still |= {name: score_order(world.test, order) for name, order in world.references.items()}
     cut = lambda scores, users: {k: v[:users] for k, v in scores.items()}
     mean_of = {key: average([per_seed[s][key][0] for s in seeds if key in per_seed[s]])
                for key in dict.fromkeys(key for seed in seeds for key in per_seed[seed])}  # some seeds may lack late stages
@@ -305,7 +309,7 @@ def main(cfg):
         rows += [*made, mean]
     report = {"config": cfg.config, "dataset": "Amazon Beauty" if cfg.world == "beauty" else "toy world",
               "source": world.source, "split": cfg.eval_split, "n_users": n, "device": device_name(cfg), "seeds": seeds,
-              "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "tau": cfg.tau},
+              "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "clash": cfg.clash, "tau": cfg.tau},
               "data": world.notes, "rows": rows}
     text = markdown(report)
     save_atomically(folder(cfg, f"{name}_users.pt"), lambda p: torch.save(
@@ -313,6 +317,8 @@ def main(cfg):
          if reported} | {"target": torch.from_numpy(world.test.target)}, p))
     save_atomically(folder(cfg, f"{name}.json"), lambda p: open(p, "w").write(json.dumps(report, indent=1) + "\n"))
     save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(text))
+    if RANK:
+        return
     if cfg.eval_split == "test":
         figures(cfg, world, report, per_seed[seeds[0]], shown, speed)
     print(f"\n{summary(report)}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))

@@ -78,7 +78,7 @@ def tradeoff_figure(report, plt):
 def denoising_figure(cfg, world, model, plt):
     """One test response as a grid, one block a row, coloured by the denoising step at which each token was committed."""
     prompt, _ = tensors(world.test, range(1), device_of(cfg))
-    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau)
+    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash)
     B = cfg.block_size
     tokens, steps = decoded.tokens[0].cpu().numpy().reshape(-1, B), decoded.commit_step[0].cpu().numpy().reshape(-1, B)
     used = (tokens != PAD).any(1)

@@ -10,10 +10,10 @@ or by a learned scorer that exists only to write training data (Beauty).
 import torch
 import torch.nn.functional as F
 
-from common import Run, draw_batch, generator, half, script, start_from, valid_rate
+from common import Run, draw_batch, generator, half, mine, script, start_from, total, valid_rate
 from config import UserError
 from data import ANSWER, load_world, tensors
-from model import PAD, ar_decode, causal_hidden
+from model import EOS, PAD, ar_decode, causal_hidden
 
 
 def in_answer(tokens):
@@ -26,27 +26,57 @@ def token_weights(response, answer_weight):
     return torch.where(in_answer(response), answer_weight, 1.0) * (response != PAD)
 
 
+def misplaced(response, share, generator):
+    """Which slot's token each slot of responses (N, R) shows: (N, R) int64, a permutation of the slots. In a share of the rows
+    the labels of the answer have moved, most by a place or two; everything else stands where it belongs.
+
+    Whoever writes answers misplaces a label now and then, and then meets a beginning that no reference has. What should
+    follow is known all the same: the best of the labels that are left (best_left).
+    """
+    N, R = response.shape
+    slot = torch.arange(R, device=response.device)
+    label = in_answer(response) & (response != EOS) & (response != PAD)
+    rand = lambda *size: torch.rand(*size, generator=generator).to(response.device)
+    reach = 10 * rand(N, 1) ** 3 * (rand(N, 1) < share)  # in places, one draw an example: mostly about one, now and then anywhere
+    moved = slot + reach * torch.randn(N, R, generator=generator).to(response.device)
+    start, n = label.int().argmax(1, keepdim=True), label.sum(1, keepdim=True)
+    moved = moved.clamp(min=start, max=start + n - 1)  # within the answer
+    return torch.where(label, moved, slot).argsort(dim=1, stable=True)
+
+
+def best_left(source):
+    """What each slot must become when all before it are taken: source (N, R), the slot whose token a slot shows -> (N, R), the
+    first slot whose token is not shown further left. The identity if source is."""
+    return source.flip(1).cummin(1).values.flip(1)
+
+
 def main(cfg):
     if cfg.teacher:
         raise UserError("train_ar.py trains a teacher: leave out --teacher")
     world = load_world(cfg)
     model = start_from(cfg, world, None)
     device = next(model.parameters()).device
+    if cfg.compile and device.type == "cuda":
+        model.run_block = torch.compile(model.run_block)
     run = Run(cfg, "ar", model, world)
     for step in run.steps():
-        gen = generator(cfg, "ar", step, device)
+        gen = generator(cfg, "ar", step)
         prompt, response = tensors(world.train, draw_batch(world.train.k, cfg.batch_size, gen), device)
         weight = token_weights(response, cfg.answer_weight)
+        source = misplaced(response, cfg.misplace, gen)
+        shown, response = response.gather(1, source), response.gather(1, best_left(source))
 
-        # L = sum_i w_i (-log p(y_i | y_<i, prompt)) / sum_i w_i
+        rows = mine(cfg.batch_size)  # of several processes each takes a part
+
+        # L = sum_i w_i (-log p(y_i | z_<i, prompt)) / sum_i w_i, z being what is shown: y, but for misplaced labels
         with half(cfg, device):
-            logits = model.logits(causal_hidden(model, prompt, response)).float()  # (N, R, V)
-        nats = F.cross_entropy(logits.transpose(1, 2), response, reduction="none")  # (N, R)
-        loss = (nats * weight).sum() / weight.sum()
+            logits = model.logits(causal_hidden(model, prompt[rows], shown[rows])).float()  # (N, R, V)
+        nats = F.cross_entropy(logits.transpose(1, 2), response[rows], reduction="none")  # (N, R)
+        loss = (nats * weight[rows]).sum() / weight.sum()
         norm = run.update(loss)
 
-        mean_nats = lambda part: (nats * part).sum().item() / part.sum().item()
-        log = {"loss": loss.item(), "trace_nats": mean_nats(weight == 1), "answer_nats": mean_nats(weight > 1),
+        mean_nats = lambda part: (total((nats * part[rows]).sum()) / part.sum()).item()
+        log = {"loss": total(loss).item(), "trace_nats": mean_nats(weight == 1), "answer_nats": mean_nats(weight > 1),
                "grad_norm": norm}
         if run.time_to_validate():
             rows = range(min(64, len(world.val)))

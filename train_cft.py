@@ -14,12 +14,12 @@ import os
 import torch
 from tqdm import tqdm
 
-from common import (Run, checkpoint_path, device_of, draw_batch, generator, half, load_stage, load_tensors,
-                    save_atomically, script, start_from, valid_rate)
+from common import (RANK, RANKS, Run, checkpoint_path, device_of, draw_batch, gathered, generator, half, load_stage,
+                    load_tensors, mine, save_atomically, script, start_from, total, valid_rate)
 from data import ANSWER, load_world, tensors
 from diffusion import block_decode, diffusion_loss
 from model import PAD, ar_decode
-from train_ar import token_weights
+from train_ar import misplaced, token_weights
 
 
 def teacher_outputs(cfg, world, teacher):
@@ -35,12 +35,16 @@ def teacher_outputs(cfg, world, teacher):
     device = next(teacher.parameters()).device
     made_by = fingerprint(teacher)
     saved = load_tensors(path) if os.path.exists(path) else {}
-    if not isinstance(saved, dict) or saved.get("made_by") != made_by or len(saved["tokens"]) < n:
-        out = []
-        for i in tqdm(range(0, n, cfg.eval_batch), desc="teacher outputs"):
+    gathered(None)  # nobody writes while another still looks
+    tokens = saved.get("tokens") if isinstance(saved, dict) and saved.get("made_by") == made_by else None
+    fits = isinstance(tokens, torch.Tensor) and tokens.dtype == torch.int64 and tokens.shape[1:] == (world.max_response,)
+    if not fits or len(tokens) < n or tokens.min() < 0 or tokens.max() >= len(world.words):
+        starts, out = range(0, n, cfg.eval_batch), {}
+        for i in tqdm(starts[RANK::RANKS], desc="teacher outputs", disable=RANK > 0):
             prompt, _ = tensors(world.train, range(i, min(n, i + cfg.eval_batch)), device)
-            out.append(ar_decode(teacher, prompt, world.max_response)[0].cpu())
-        saved = {"made_by": made_by, "tokens": torch.cat(out)}
+            out[i] = ar_decode(teacher, prompt, world.max_response)[0].cpu()
+        out = {i: tokens for part in gathered(out) for i, tokens in part.items()}
+        saved = {"made_by": made_by, "tokens": torch.cat([out[i] for i in starts])}
         save_atomically(path, lambda p: torch.save(saved, p))
     return saved["tokens"][:n]
 
@@ -63,21 +67,22 @@ def answer_blocks(response, block_size, times):
 
 def cft_loss(cfg, world, model, outputs, gen):
     """The loss of one batch drawn from the teacher's outputs; also the anchor of OPD and RL."""
-    rows = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen)
-    prompt, _ = tensors(world.train, rows, gen.device)
-    response = outputs[rows].to(gen.device)
+    rows, device = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen), device_of(cfg)
+    prompt, _ = tensors(world.train, rows, device)
+    response = outputs[rows].to(device)
     response = response[:, :int((response != PAD).sum(1).max())]
-    with half(cfg, gen.device):
+    with half(cfg, device):
         return diffusion_loss(model, prompt, response, cfg.block_size, cfg.cft_noise, cfg.cft_first_step, gen,
                               token_weights(response, cfg.answer_weight),
-                              answer_blocks(response, cfg.block_size, cfg.cft_answer_states))
+                              answer_blocks(response, cfg.block_size, cfg.cft_answer_states),
+                              misplaced(response, cfg.misplace, gen), mine(cfg.batch_size))
 
 
 def validate(cfg, world, model, n=64):
     """Valid rate and tokens a forward on the first validation prompts, at the operating point."""
     rows = range(min(n, len(world.val)))
     prompt, _ = tensors(world.val, rows, device_of(cfg))
-    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau)
+    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash)
     return {"valid": valid_rate(decoded.tokens, world.val, rows),
             "tokens_per_forward": ((decoded.tokens != PAD).sum() / decoded.forwards.sum()).item()}
 
@@ -88,8 +93,8 @@ def main(cfg):
     run = Run(cfg, "cft", model, world)
     outputs = teacher_outputs(cfg, world, load_stage(cfg, "ar", world)[0])
     for step in run.steps():
-        loss = cft_loss(cfg, world, model, outputs, generator(cfg, "cft", step, device_of(cfg)))
-        log = {"grad_norm": run.update(loss), "loss": loss.item()}
+        loss = cft_loss(cfg, world, model, outputs, generator(cfg, "cft", step))
+        log = {"grad_norm": run.update(loss), "loss": total(loss).item()}
         if run.time_to_validate():
             log |= validate(cfg, world, model)
         run.log(**log)

@@ -13,10 +13,12 @@ finished text (GKD, arXiv 2306.13649). Two corrections make this help (ablations
   - a state in which two labels are open weighs as much as one with ten: collisions happen there.
 The CFT loss stays in the mix as an anchor.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import Run, device_of, draw_batch, generator, half, load_stage, script, start_from, valid_rate
+from common import (Run, device_of, draw_batch, gathered, generator, half, load_stage, mine, of_my_own, script, start_from,
+                    total, valid_rate)
 from data import LABEL, load_world, tensors
 from diffusion import (NEVER, Decoded, block_decode, decode_states, every_block, fill_last_block, full_precision,
                        segment_hidden, take_blocks)
@@ -42,26 +44,27 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
 
 
-def rollout(cfg, world, student, outputs, gen):
-    """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded, share of valid ones.
+def rollout(cfg, world, student, outputs, gen, own):
+    """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded, share of valid ones. gen draws
+    the prompts, own what this process draws apart (common.of_my_own).
 
     With opd_source="teacher" the text is the teacher's and the states are random: a token's commit step is its place in a
     random order of its block, the first slot's 0.
     """
-    rows = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen)
-    prompt, _ = tensors(world.train, rows, gen.device)
+    rows, device = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen)[mine(cfg.batch_size)], device_of(cfg)
+    prompt, _ = tensors(world.train, rows, device)
     if cfg.opd_source == "student":
-        decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "threshold", cfg.opd_tau,
-                               cfg.opd_rollout_temperature, gen)
+        decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "independent", cfg.opd_tau,
+                               cfg.opd_rollout_temperature, own)
     else:
-        tokens, B = outputs[rows].to(gen.device), cfg.block_size
+        tokens, B = outputs[rows].to(device), cfg.block_size
         filled, real = fill_last_block(tokens, B)
-        order = torch.rand(len(rows), filled.shape[1] // B, B, generator=gen, device=gen.device)
+        order = torch.rand(len(rows), filled.shape[1] // B, B, generator=own).to(device)
         order[..., 0] = -1
         step = torch.where(real, order.argsort(-1).argsort(-1).flatten(1), NEVER)
         tokens = F.pad(tokens, (0, filled.shape[1] - tokens.shape[1]), value=PAD)
-        decoded = Decoded(tokens, torch.where(real, filled, MASK), step, torch.zeros(step.shape, device=gen.device), None)
-    return prompt, decoded, valid_rate(decoded.tokens, world.train, rows)
+        decoded = Decoded(tokens, torch.where(real, filled, MASK), step, torch.zeros(step.shape, device=device), None)
+    return prompt, decoded, np.mean(gathered(valid_rate(decoded.tokens, world.train, rows)))
 
 
 def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
@@ -79,10 +82,10 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
     of_block = lambda x: take_blocks(x, block, B)  # (N, R) -> (N, M, B)
     step = of_block(decoded.commit_step)
     n_steps = step.masked_fill(step == NEVER, -1).amax(-1) + 1
-    state = (torch.rand(n_steps.shape, generator=gen, device=gen.device) * n_steps).long()  # (N, M)
+    state = (torch.rand(n_steps.shape, generator=gen).to(n_steps.device) * n_steps).long()  # (N, M)
     noised, masked = decode_states(decoded, block, state, B)  # (N, M, B)
     hidden = segment_hidden(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
-    first = torch.arange(B, device=gen.device) == 0
+    first = torch.arange(B, device=step.device) == 0
     if cfg.opd_states == "committed":
         masked = step == state[..., None]
     elif cfg.opd_states == "next":
@@ -103,7 +106,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
     tokens = of_block(decoded.tokens != PAD).sum(-1, keepdim=True)
     share = tokens / scored.sum(-1, keepdim=True).clamp(min=1) / times
     weight = (of_block(token_weights(decoded.tokens, cfg.answer_weight)) * share)[scored]
-    return (distance * weight).sum() / weight.sum()
+    return (distance * weight).sum() / total(weight.sum())
 
 
 def labels_shown(noised, answer, n_labels, n_words):
@@ -126,14 +129,14 @@ def behind_a_wrong_label(tokens, n_labels):
     return wrong.cumsum(1) - wrong.long() > 0
 
 
-def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run):
+def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, own, run):
     """One step on opd_weight * D + opd_anchor * CFT loss."""
-    with half(cfg, gen.device):
-        distance = opd_loss(cfg, student, teacher, prompt, decoded, gen, world.n_labels)
+    with half(cfg, prompt.device):
+        distance = opd_loss(cfg, student, teacher, prompt, decoded, own, world.n_labels)
     loss = cfg.opd_weight * distance
     if cfg.opd_anchor:
         loss = loss + cfg.opd_anchor * cft_loss(cfg, world, student, outputs, gen)
-    return {"grad_norm": run.update(loss), "loss": loss.item(), "divergence": distance.item()}
+    return {"grad_norm": run.update(loss), "loss": total(loss).item(), "divergence": total(distance).item()}
 
 
 def main(cfg):
@@ -143,9 +146,10 @@ def main(cfg):
     run = Run(cfg, "opd", student, world)
     outputs = teacher_outputs(cfg, world, teacher)
     for step in run.steps():
-        gen = generator(cfg, "opd", step, device_of(cfg))
-        prompt, decoded, rollout_valid = rollout(cfg, world, student, outputs, gen)
-        log = update(cfg, world, student, teacher, outputs, prompt, decoded, gen, run) | {"rollout_valid": rollout_valid}
+        gen = generator(cfg, "opd", step)
+        own = of_my_own(gen)
+        prompt, decoded, rollout_valid = rollout(cfg, world, student, outputs, gen, own)
+        log = update(cfg, world, student, teacher, outputs, prompt, decoded, gen, own, run) | {"rollout_valid": rollout_valid}
         if run.time_to_validate():
             log |= validate(cfg, world, student)
         run.log(**log)

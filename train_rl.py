@@ -14,7 +14,7 @@ gradient tells the model so, since the choice of positions is held fixed in the 
 import numpy as np
 import torch
 
-from common import Run, device_of, draw_batch, generator, half, load_stage, script, start_from
+from common import Run, device_of, draw_batch, gathered, generator, half, load_stage, mine, of_my_own, script, start_from, total
 from data import load_world, parse_answers, tensors
 from diffusion import block_decode, replay_logp
 from model import PAD
@@ -43,34 +43,37 @@ def advantages(rewards):
     return centred / (rewards.std(1, keepdim=True) + 1e-6), signal
 
 
-def policy_loss(logp, old_logp, advantage, token_mask, eps_low, eps_high):
+def policy_loss(logp, old_logp, advantage, token_mask, eps_low, eps_high, n_tokens):
     """DAPO (arXiv 2503.14476, eq. 8): clipped surrogate, averaged over all tokens of the batch.
 
         L = - 1/#tokens sum_{n,i} min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   r = exp(logp - old_logp)
-    logp, old_logp, token_mask (N, R), advantage (N,). Returns the loss, and the ratio (N, R).
+    logp, old_logp, token_mask (N, R), advantage (N,); n_tokens: tokens of the whole batch, of which these rows may be a part.
+    Returns the loss, and the ratio (N, R).
     """
     ratio = torch.exp(logp - old_logp)
     A = advantage[:, None]
     surrogate = torch.minimum(ratio * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)
-    return -(surrogate * token_mask).sum() / token_mask.sum(), ratio
+    return -(surrogate * token_mask).sum() / n_tokens, ratio
 
 
-def rollout(cfg, world, model, candidates, gen):
-    """Sample rl_group responses to each of rl_prompts prompts. candidates: rows of the training split with a target.
+def rollout(cfg, world, model, candidates, gen, own):
+    """Sample rl_group responses to each of rl_prompts prompts (of several processes, each to its part of them). candidates: rows
+    of the training split with a target; gen draws the prompts, own the responses.
 
     Returns prompt (N, P), Decoded, rewards (G, n) and figures for the log; N = G * n, a group's rows are adjacent.
     """
-    rows = candidates[draw_batch(world.train.k[candidates], cfg.rl_prompts, gen)].repeat(cfg.rl_group)
-    prompt, _ = tensors(world.train, rows, gen.device)
-    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, "threshold", cfg.rl_tau, cfg.rl_temperature,
-                           gen)
+    rows = candidates[draw_batch(world.train.k[candidates], cfg.rl_prompts, gen)[mine(cfg.rl_prompts)]].repeat(cfg.rl_group)
+    prompt, _ = tensors(world.train, rows, device_of(cfg))
+    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, "independent", cfg.rl_tau, cfg.rl_temperature,
+                           own)
     incoming = world.train.incoming[rows]
     answers = parse_answers(decoded.tokens.cpu().numpy(), incoming)
     target, k = world.train.target[rows, None], (incoming >= 0).sum(1)
     before, after = (incoming == target).argmax(1), (answers.order == target).argmax(1)
     rewards = reward(before, after, k, answers.valid, cfg.rl_alpha, cfg.rl_conditional)
     log = {"reward": rewards.mean(), "sampled_valid": answers.valid.mean(), "identity": answers.identity.mean()}
-    return prompt, decoded, torch.from_numpy(rewards).view(cfg.rl_prompts, cfg.rl_group).float(), log
+    log = {name: np.mean(gathered(value)) for name, value in log.items()}
+    return prompt, decoded, torch.from_numpy(rewards).view(-1, cfg.rl_group).float(), log
 
 
 def update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run):
@@ -80,24 +83,27 @@ def update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run):
     log), and free of rounding differences where bfloat16 replays are much cheaper.
     """
     advantage, signal = advantages(rewards)
-    log = {"signal": signal.float().mean().item()}
-    keep = signal.repeat_interleave(cfg.rl_group).nonzero()[:, 0].to(prompt.device)
-    if not len(keep):
+    log = {"signal": np.mean(gathered(signal.float().mean().item()))}
+    if not log["signal"]:
         return log
+    keep = signal.repeat_interleave(cfg.rl_group).nonzero()[:, 0].to(prompt.device)
+    if not len(keep):  # others have a signal: take part in their update, with rows that weigh nothing
+        keep = torch.arange(cfg.rl_group, device=prompt.device)
     advantage = advantage.flatten().to(prompt.device)[keep]
     prompt, decoded = prompt[keep], decoded.take(keep)
-    token_mask, old_logp = decoded.tokens != PAD, None
+    token_mask, old_logp = (decoded.tokens != PAD) & signal.any().to(prompt.device), None
+    n_tokens = total(token_mask.sum())
+    mean = lambda x: (total((x * token_mask).sum()) / n_tokens).item()
     for _ in range(cfg.rl_epochs):
         with half(cfg, prompt.device):
             logp = replay_logp(model, prompt, decoded, cfg.block_size, cfg.rl_temperature)
         if old_logp is None:
             old_logp = logp.detach()
-            log["replay_off"] = (old_logp - decoded.logp).abs()[token_mask].mean().item()
-        loss, ratio = policy_loss(logp, old_logp, advantage, token_mask, cfg.rl_eps_low, cfg.rl_eps_high)
+            log["replay_off"] = mean((old_logp - decoded.logp).abs())
+        loss, ratio = policy_loss(logp, old_logp, advantage, token_mask, cfg.rl_eps_low, cfg.rl_eps_high, n_tokens)
         anchor = cfg.rl_anchor * cft_loss(cfg, world, model, outputs, gen) if cfg.rl_anchor else 0.0
         log["grad_norm"] = run.update(loss + anchor)
-    return log | {"loss": loss.item(), "ratio_off": (ratio - 1).abs()[token_mask].mean().item(),
-                  "sampled_nats": -decoded.logp[token_mask].mean().item()}
+    return log | {"loss": total(loss).item(), "ratio_off": mean((ratio.detach() - 1).abs()), "sampled_nats": mean(-decoded.logp)}
 
 
 def main(cfg):
@@ -107,8 +113,8 @@ def main(cfg):
     outputs = teacher_outputs(cfg, world, load_stage(cfg, "ar", world)[0])
     candidates = np.flatnonzero(world.train.target >= 0)
     for step in run.steps():
-        gen = generator(cfg, "rl", step, device_of(cfg))
-        prompt, decoded, rewards, log = rollout(cfg, world, model, candidates, gen)
+        gen = generator(cfg, "rl", step)
+        prompt, decoded, rewards, log = rollout(cfg, world, model, candidates, gen, of_my_own(gen))
         log |= update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run)
         if run.time_to_validate():
             log |= validate(cfg, world, model)

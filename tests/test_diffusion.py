@@ -9,11 +9,11 @@ import torch.nn.functional as F
 import diffusion
 from conftest import VOCAB, close, left_padded, stream_hidden, tiny_gpt, words
 from diffusion import (NEVER, block_decode, choose, decode_states, diffusion_loss, draw_noise,
-                       fill_last_block, replay_logp, segment_hidden, segment_mask)
-from model import EOS, MASK, PAD, ar_decode, causal_hidden
+                       fill_last_block, replay_block_decode, replay_logp, segment_hidden, segment_mask, what_is_left)
+from model import EOS, MASK, PAD, RECORDED, ar_decode, causal_hidden, replay_ar_decode
 
 LENGTHS = [4, 1, 6, 3, 5, 2]  # of the prompts: shorter and longer than a block
-RULES = [("threshold", 0.3), ("threshold", 0.6), ("threshold", 0.9), ("threshold", 1.5),
+RULES = [("independent", 0.6), ("independent", 1.5), ("threshold", 0.3), ("threshold", 0.6), ("threshold", 0.9), ("threshold", 1.5),
          ("factor", 0.5), ("factor", 1.2), ("factor", 3.0), ("steps", 2)]
 
 
@@ -136,7 +136,46 @@ def test_ar_log_probabilities_are_those_of_the_tempered_model(temperature):
     close(logp, torch.where(tokens == PAD, 0.0, exact))
 
 
+@pytest.mark.parametrize("B", [1, 3, 4])
+def test_masked_slots_must_become_what_their_segment_does_not_show(B):
+    torch.manual_seed(0)
+    N, R, M = 4, 12, 6
+    source = torch.stack([torch.randperm(R) for _ in range(N)])
+    block, masked = torch.randint(R // B, (N, M)), torch.rand(N, M, B) < 0.5
+    left = what_is_left(source, block, masked)
+    for n, m in itertools.product(range(N), range(M)):
+        start = int(block[n, m]) * B
+        shown = source[n, :start].tolist()
+        assert left[n, m, 0] == min(set(range(R)) - set(shown))
+        shown += [int(source[n, start + j]) for j in range(B) if not masked[n, m, j]]
+        rest = sorted(set(range(R)) - set(shown))
+        want = dict(zip([j for j in range(B) if masked[n, m, j]], rest))
+        assert all(left[n, m, j] == want[j] for j in want if j)
+    own = torch.arange(R).expand(N, -1)
+    at = block[..., None] * B + torch.arange(B)
+    assert torch.equal(what_is_left(own, block, masked)[masked], at[masked])
+
+
+def test_misplaced_labels_change_what_is_seen_and_asked_and_at_block_size_1_it_is_the_ar_loss():
+    model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(6, 7, seed=1)
+    response[:, 6] = EOS
+    source = torch.arange(7).expand(6, -1).clone()
+    close(diffusion_loss(model, prompt, response, 3, "complementary", 0.3, gen(), source=source),
+          diffusion_loss(model, prompt, response, 3, "complementary", 0.3, gen()), atol=1e-12)
+    source[:, [2, 3, 5]] = torch.tensor([5, 2, 3])
+    logits = model.logits(causal_hidden(model, prompt, response.gather(1, source)))
+    target = response.gather(1, torch.tensor([[0, 1, 2, 2, 3, 3, 6]]).expand(6, -1))  # the first that is not shown further left
+    close(diffusion_loss(model, prompt, response, 1, "uniform", 0.3, gen(), source=source),
+          F.cross_entropy(logits.transpose(1, 2), target), atol=1e-12)
+
+
 # --- The sampler --------------------------------------------------------------------------------------------------------
+
+def flat_but_one(confidence, word, vocab=1000):
+    """Log-probabilities (N, B, vocab) that give each slot's word (N, B) the probability `confidence` (N, B), and the others the rest."""
+    rest = ((1 - confidence) / (vocab - 1))[..., None].expand(-1, -1, vocab)
+    return rest.scatter(2, word[..., None], confidence[..., None]).log()
+
 
 @pytest.mark.parametrize("rule, tau, confidence, open_, chosen", [
     ("threshold", 0.5, [.6, .5, .9, .51], [1, 1, 1, 1], [1, 0, 1, 1]),  # above tau, not at it
@@ -156,12 +195,13 @@ def test_ar_log_probabilities_are_those_of_the_tempered_model(temperature):
 def test_choose_by_hand(rule, tau, confidence, open_, chosen):
     confidence, open_ = torch.tensor([confidence]), torch.tensor([open_]).bool()
     none = torch.zeros_like(open_)
-    assert choose(confidence, open_, none, rule, tau).int().tolist() == [chosen]
+    said = lambda confidence: flat_but_one(confidence, torch.arange(4).expand(confidence.shape))
+    assert choose(said(confidence), open_, none, rule, tau).int().tolist() == [chosen]
     closed_high = torch.where(open_, confidence, 0.999)  # what closed slots show must not matter
-    assert choose(closed_high, open_, none, rule, tau).int().tolist() == [chosen]
-    flip = choose(confidence.flip(1), open_.flip(1), none, rule, tau).flip(1)
+    assert choose(said(closed_high), open_, none, rule, tau).int().tolist() == [chosen]
+    flip = choose(said(confidence.flip(1)), open_.flip(1), none, rule, tau).flip(1)
     pair = lambda x: torch.cat((x.flip(1), x))
-    both = choose(pair(confidence), pair(open_), pair(none), rule, tau)
+    both = choose(said(pair(confidence)), pair(open_), pair(none), rule, tau)
     assert flip.int().tolist() == [chosen] and both.int().tolist() == [chosen[::-1], chosen]
 
 
@@ -169,8 +209,56 @@ def test_choose_by_hand(rule, tau, confidence, open_, chosen):
 def test_a_forced_slot_is_committed_and_stands_for_the_best(rule):
     confidence, open_ = torch.tensor([[.1, .6, .5]]), torch.ones(1, 3, dtype=torch.bool)
     forced = torch.tensor([[True, False, False]])
-    assert choose(confidence, open_, forced, rule, 0.01 if rule == "factor" else 0.9).tolist() == [[True, False, False]]
-    assert choose(confidence, open_, forced, rule, 0.9 if rule == "factor" else 0.55).tolist() == [[True, True, False]]
+    logp = flat_but_one(confidence, torch.arange(3)[None])
+    assert choose(logp, open_, forced, rule, 0.01 if rule == "factor" else 0.9).tolist() == [[True, False, False]]
+    assert choose(logp, open_, forced, rule, 0.9 if rule == "factor" else 0.55).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("word, open_, tau, chosen", [
+    ([0, 1, 2, 3], [1, 1, 1, 1], 0.9, [1, 1, 1, 1]),  # none is sure, but no two want the same: all of them
+    ([0, 0, 1, 1], [1, 1, 1, 1], 0.9, [1, 0, 0, 1]),  # .7 x .6 = .42 and .5 x .8 = .4 would collide: the surer of each two
+    ([0, 0, 0, 1], [1, 1, 1, 1], 0.9, [1, 0, 0, 1]),  # a slot that is not the surest of its kind waits
+    ([0, 0, 1, 1], [0, 1, 1, 0], 0.9, [0, 1, 1, 0]),  # committed slots collide with none
+    ([0, 0, 1, 1], [1, 1, 1, 1], 0.75, [0, 0, 0, 1]),  # one is sure: the unsure wait for what it tells them
+    ([0, 0, 1, 1], [1, 1, 1, 1], 0.55, [1, 1, 0, 1])])  # the sure ones go together whatever they say
+def test_independent_slots_go_together_and_rivals_wait(word, open_, tau, chosen):
+    logp = flat_but_one(torch.tensor([[.7, .6, .5, .8]]), torch.tensor([word]))
+    open_, none = torch.tensor([open_]).bool(), torch.zeros(1, 4, dtype=torch.bool)
+    assert choose(logp, open_, none, "independent", tau).int().tolist() == [chosen]
+    assert choose(logp, open_, none, "independent", tau, clash=1.0).sum() >= sum(chosen)
+    forced = torch.tensor([[True, False, False, False]])
+    sure = (logp.amax(-1).exp() > tau) & open_
+    assert torch.equal(choose(logp, open_, forced, "independent", tau), sure | forced)
+
+
+@pytest.mark.parametrize("B", [1, 3, 4])
+def test_the_decoders_of_fixed_shape_write_what_the_plain_ones_write(B):
+    # On a GPU their steps are recorded and replayed; here the same functions run as they are. Twice: the second call reuses the state.
+    for seed in (0, 3, 4):
+        model, prompt = tiny_gpt(seed), left_padded(LENGTHS, seed)
+        for rule, tau in RULES[:3] + [("independent", 0.6)]:
+            plain = block_decode(model, prompt, 12, B, rule, tau)
+            for _ in range(2):
+                with torch.no_grad():
+                    fixed = replay_block_decode(model, prompt, -(-12 // B) * B, B, rule, tau)
+                for name in ("tokens", "filled", "commit_step", "forwards"):
+                    assert torch.equal(getattr(plain, name), getattr(fixed, name)), (seed, rule, name)
+                close(plain.logp, fixed.logp)
+        plain = ar_decode(model, prompt, 12)
+        with torch.no_grad():
+            fixed = [replay_ar_decode(model, prompt, 12) for _ in range(2)][1]
+        assert torch.equal(plain[0], fixed[0]) and torch.equal(plain[2], fixed[2])
+        close(plain[1], fixed[1])
+    assert len(RECORDED) <= 4
+
+
+def test_fixed_shapes_draw_by_the_seed_and_replay_to_what_they_recorded():
+    model, prompt = tiny_gpt(), left_padded(LENGTHS)
+    draw = lambda seed: replay_block_decode(model, prompt, 12, 3, "independent", 0.5, 1.0, gen(seed))
+    with torch.no_grad():
+        a, b, c = draw(1), draw(1), draw(2)
+    assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
+    close(replay_logp(model, prompt, a, 3, 1.0), a.logp)
 
 
 def reference_decode(model, prompt, max_len, B, rule, tau):
@@ -187,8 +275,11 @@ def reference_decode(model, prompt, max_len, B, rule, tau):
             block = filled[b * B:(b + 1) * B]
             end = block.index(EOS) if EOS in block else B
             ranked = sorted((j for j in range(end) if block[j] == MASK), key=lambda j: -conf[j])
-            if rule == "threshold":
+            if rule in ("threshold", "independent"):
                 chosen = {j for j in ranked if conf[j] > tau}
+                p = F.softmax(model.logits(hidden), -1).detach()
+                if rule == "independent" and not chosen and step:
+                    chosen = {j for n, j in enumerate(ranked) if all(float(p[i] @ p[j]) <= 0.1 for i in ranked[:n])}
             elif rule == "steps":
                 chosen = set(ranked[:math.ceil(B / tau)])
             else:

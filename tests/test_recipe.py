@@ -52,7 +52,7 @@ def checkpoint(run_dir, stage, config="toy"):
     (["--rl_conditional", "maybe"], "--rl_conditional must be true or false"),
     (["--block_size", "0"], "--block_size must be at least 1"),
     (["--block_size", "-3"], "--block_size must be at least 1"),
-    (["--commit", "all"], "--commit must be one of threshold, factor, steps"),
+    (["--commit", "all"], "--commit must be one of independent, threshold, factor, steps"),
     (["--d_model", "18", "--n_head", "4"], "--d_model must be a multiple"),
     (["--max_list", "4"], "list lengths must satisfy"),
     (["--world", "beauty", "--data_dir", "nowhere"], "there is no folder nowhere"),
@@ -205,6 +205,8 @@ def test_a_killed_run_continues_to_the_very_same_weights(monkeypatch, tmp_path):
         assert a["finished"] and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
         logs = [[json.loads(line) for line in open(os.path.join(os.path.dirname(checkpoint(tmp_path / name, stage)), "metrics.jsonl"))]
                 for name in ("whole", "killed")]
+        for line in logs[0] + logs[1]:
+            assert line.pop("seconds") >= 0 and line["lr"] >= 0
         assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(len(logs[0])))
 
 
@@ -223,13 +225,13 @@ def test_the_whole_recipe_in_miniature_fulfils_the_contract_of_the_report(world,
     folder = tmp_path / ("small" if world == "beauty" else "toy")
     report = json.load(open(folder / "report.json"))
     assert {"config", "dataset", "source", "n_users", "device", "seeds", "operating_point", "rows"} <= report.keys()
-    assert report["seeds"] == seeds and report["operating_point"] == {"block_size": 16, "commit": "threshold", "tau": 0.9}
+    assert report["seeds"] == seeds and report["operating_point"] == {"block_size": 16, "commit": "independent", "clash": 0.1, "tau": 0.9}
     row_keys = set("stage block_size tau seed reported recall@1 recall@3 recall@5 ndcg@3 ndcg@5 ndcg@10 mrr strict valid duplicated "
                    "dropped out_of_set faithful identity trace_tokens forwards tokens_per_forward ar_gain_share train_seconds se "
                    "seed_se diff_to_ar diff_to_prerank tokens_per_s_b1 speedup_b1 tokens_per_s_batch speedup_batch batch".split())
     assert all(row_keys <= row.keys() for row in report["rows"])
     stages = {row["stage"] for row in report["rows"] if row["reported"] and row["seed"] == "mean"}
-    assert stages == {"prerank", "oracle" if world == "toy" else "writer", "ar", "naive", "cft", "opd", "rl", "constrained"}
+    assert stages == {"prerank", *(["oracle"] if world == "toy" else ["writer", "prerank, fresh"]), "ar", "naive", "cft", "opd", "rl", "constrained"}
     for stage, made in (("cft", seeds), ("rl", [1])):
         rows = [row for row in report["rows"] if row["stage"] == stage and row["reported"]]
         assert [row["seed"] for row in rows] == [*made, "mean"] and (rows[-1]["seed_se"] is None) == (len(made) == 1)

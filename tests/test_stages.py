@@ -17,7 +17,7 @@ from conftest import close, left_padded, stream_hidden, tiny_gpt, words
 from data import ANSWER, LABEL, tensors, toy_world
 from diffusion import NEVER, Decoded, block_decode, diffusion_loss, replay_logp
 from model import EOS, MASK, PAD, causal_hidden
-from train_ar import in_answer, token_weights
+from train_ar import best_left, in_answer, misplaced, token_weights
 from train_opd import divergence, opd_loss
 from train_rl import advantages, policy_loss, reward
 
@@ -69,17 +69,37 @@ def test_cft_trains_every_teacher_output_behind_its_own_prompt(monkeypatch):
     world, seen = toy_world(CFG), []
     outputs = words(40, 6)  # of the first 40 training prompts
 
-    def loss(model, prompt, response, block_size, kind, first_step, generator, weight, extra):
+    def loss(model, prompt, response, block_size, kind, first_step, generator, weight, extra, source, rows):
         rows = [int((outputs == r).all(1).nonzero()[0]) for r in response]
         assert torch.equal(prompt, tensors(world.train, rows, "cpu")[0]) and torch.equal(weight, token_weights(response, 4.0))
         assert (block_size, kind, first_step) == (16, "complementary", 0.3)
         assert torch.equal(extra, train_cft.answer_blocks(response, 16, 2))
+        assert torch.equal(source.sort(1).values, torch.arange(6).expand(len(rows), -1))
         seen.extend(rows)
 
     monkeypatch.setattr(train_cft, "diffusion_loss", loss)
     for seed in range(20):
         train_cft.cft_loss(CFG, world, None, outputs, gen(seed))
     assert len(set(seen)) > 20
+
+
+def test_misplaced_labels_stay_in_the_answer_and_what_should_follow_is_the_best_that_is_left():
+    response = torch.tensor([[20, 21, ANSWER, 8, 9, 10, 11, 12, EOS, PAD], [20, ANSWER, 9, 8, 12, EOS, PAD, PAD, PAD, PAD],
+                             [20, 21, 22, EOS, PAD, PAD, PAD, PAD, PAD, PAD]]).repeat(200, 1)
+    assert torch.equal(misplaced(response, 0.0, gen()), torch.arange(10).expand(600, -1))
+    source = misplaced(response, 1.0, gen())
+    shown, target = response.gather(1, source), response.gather(1, best_left(source))
+    assert torch.equal(source.sort(1).values, torch.arange(10).expand(600, -1))
+    label = in_answer(response) & (response > EOS)
+    assert torch.equal(shown[~label], response[~label]) and 0.2 < (shown != response)[label].float().mean() < 0.6
+    for y, z, t in zip(response.tolist(), shown.tolist(), target.tolist()):
+        for i in range(10):
+            left = list(y)
+            for token in z[:i]:
+                left.remove(token)
+            assert t[i] == left[0]
+    half = (misplaced(response, 0.5, gen()) != torch.arange(10)).any(1)[:400].float().mean()
+    assert 0.1 < half < 0.45  # a small reach may move nothing
 
 
 def test_answer_blocks_by_hand():
@@ -194,7 +214,7 @@ def test_what_stands_behind_a_repeated_label():
 def test_off_policy_rollouts_are_the_teachers_text_in_random_states():
     cfg, world = replace(CFG, opd_source="teacher", batch_size=8), toy_world(CFG)
     outputs = tensors(world.train, range(40), "cpu")[1]
-    prompt, decoded, valid = train_opd.rollout(cfg, world, None, outputs, gen())
+    prompt, decoded, valid = train_opd.rollout(cfg, world, None, outputs, gen(), gen(1))
     assert valid == 1 and decoded.tokens.shape[1] % 16 == 0
     for n in range(8):
         row = next(r for r in range(40) if torch.equal(outputs[r][outputs[r] != PAD], decoded.tokens[n][decoded.tokens[n] != PAD]))
@@ -211,7 +231,7 @@ def test_opd_update_mixes_divergence_and_anchor_and_moves_the_student_only(monke
     decoded = block_decode(student, prompt, 8, 4)
     for anchor in (0.0, 2.0):
         cfg, run = replace(CFG, block_size=4, opd_weight=0.5, opd_anchor=anchor), SGD(student, 1e-2)
-        log = train_opd.update(cfg, SimpleNamespace(n_labels=0), student, teacher, None, prompt, decoded, gen(), run)
+        log = train_opd.update(cfg, SimpleNamespace(n_labels=0), student, teacher, None, prompt, decoded, gen(), gen(1), run)
         assert run.losses == pytest.approx([0.5 * log["divergence"] + 7.0 * anchor])
         assert opd_loss(cfg, student, teacher, prompt, decoded, gen()) < log["divergence"]
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, teacher.parameters()))
@@ -258,7 +278,7 @@ def test_advantages_are_normalised_within_a_group_and_equal_groups_carry_no_sign
     (1.0, -1, True), (0.81, -1, True), (0.79, -1, False), (1.3, -1, True)])  # a bad one not below; the way back is open
 def test_clip_stops_the_gradient_only_in_its_direction(ratio, advantage, gradient):
     logp = torch.tensor([[math.log(ratio), 0.0]], requires_grad=True)
-    loss, r = policy_loss(logp, torch.zeros(1, 2), torch.tensor([float(advantage)]), torch.ones(1, 2), 0.2, 0.28)
+    loss, r = policy_loss(logp, torch.zeros(1, 2), torch.tensor([float(advantage)]), torch.ones(1, 2), 0.2, 0.28, 2)
     grad = torch.autograd.grad(loss, logp)[0][0]
     close(r.detach()[0], torch.tensor([ratio, 1.0]), atol=1e-6)
     close(grad, torch.tensor([-ratio * advantage / 2 if gradient else 0.0, -advantage / 2]), atol=1e-6)
@@ -268,7 +288,7 @@ def test_clip_stops_the_gradient_only_in_its_direction(ratio, advantage, gradien
 
 def test_policy_loss_is_a_mean_over_the_tokens_of_the_batch_not_over_responses():
     logp, mask = torch.zeros(2, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
-    loss, _ = policy_loss(logp, logp, torch.tensor([1.0, -2.0]), mask, 0.2, 0.28)
+    loss, _ = policy_loss(logp, logp, torch.tensor([1.0, -2.0]), mask, 0.2, 0.28, mask.sum())
     close(loss, torch.tensor(-(4 * 1.0 - 2.0) / 5), atol=1e-6)
 
 
@@ -336,7 +356,7 @@ def test_rollout_groups_samples_of_one_prompt_and_rewards_the_rise_of_its_target
 
     monkeypatch.setattr(train_rl, "block_decode", decode)
     cfg = replace(CFG, vary_lists=1.0)
-    prompt, decoded, rewards, log = train_rl.rollout(cfg, world, None, np.arange(len(world.train)), gen())
+    prompt, decoded, rewards, log = train_rl.rollout(cfg, world, None, np.arange(len(world.train)), gen(), gen(1))
     assert rewards.shape == (6, 3) and torch.equal(prompt, prompts[0])
     assert (prompt.view(6, 3, -1) == prompt.view(6, 3, -1)[:, :1]).all() and len(prompt.unique(dim=0)) > 3
     for value, (row, order) in zip(rewards.flatten().tolist(), written):

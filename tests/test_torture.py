@@ -1,0 +1,75 @@
+"""A dose of `make torture` for every day, and disks that refuse."""
+import os
+import resource
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+import train_ar
+import torture
+from test_recipe import TINY, checkpoint, refused, run
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def stopped(monkeypatch, capsys, run_dir):
+    """Run AR, which must stop on the way; the last thing it says, behind the bar."""
+    with pytest.raises(SystemExit) as stop:
+        run(train_ar, monkeypatch, run_dir)
+    message = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")[-1]
+    assert stop.value.code == 2 and message.startswith("error: ")
+    return message
+
+
+def test_kill_9_once_a_stage_changes_no_bit(tmp_path):
+    torture.kills(4, str(tmp_path))
+
+
+def test_mutated_files_end_in_success_or_in_one_sentence(tmp_path):
+    torture.fuzz(500, str(tmp_path))
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_kept(monkeypatch, tmp_path):
+    run(train_ar, monkeypatch, tmp_path, "--max_steps", "2", "--ar_steps", "2")
+    before = open(checkpoint(tmp_path, "ar"), "rb").read()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # a file can grow to 20 kB, a checkpoint cannot
+    for options in (["--ar_steps", "2", "--cft_steps", "2"], ["--ar_steps", "2", "--run_dir", str(tmp_path / "new")]):
+        script = "train_cft.py" if "--cft_steps" in options else "train_ar.py"
+        done = subprocess.run([sys.executable, os.path.join(ROOT, script), *TINY, "--run_dir", str(tmp_path), "--max_steps", "2", *options],
+                              capture_output=True, text=True, preexec_fn=limit)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert "error: cannot write" in done.stderr and "free some space" in done.stderr
+    assert open(checkpoint(tmp_path, "ar"), "rb").read() == before
+    assert not [f for _, _, files in os.walk(tmp_path) for f in files if f.endswith(".part")]
+
+
+def test_a_folder_that_may_not_be_written_is_named(monkeypatch, capsys, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert "cannot write" in refused(train_ar, monkeypatch, capsys, blocked)
+    if os.geteuid():  # root may write anywhere
+        os.chmod(tmp_path, stat.S_IRUSR | stat.S_IXUSR)
+        assert "cannot write" in refused(train_ar, monkeypatch, capsys, tmp_path / "runs")
+        os.chmod(tmp_path, stat.S_IRWXU)
+
+
+def test_what_the_disk_says_while_a_run_logs_is_one_sentence(monkeypatch, capsys, tmp_path):
+    def full(self, **values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common.Run, "log", full)
+    assert "No space left" in stopped(monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_checkpoint(spoil, monkeypatch, capsys, tmp_path):
+    real = common.Run.update
+    monkeypatch.setattr(common.Run, "update", lambda self, loss: real(self, loss * spoil if self.step == 4 else loss))
+    message = stopped(monkeypatch, capsys, tmp_path)
+    assert "at step 4" in message and "the last checkpoint is" in message and checkpoint(tmp_path, "ar") in message
+    state = torch.load(checkpoint(tmp_path, "ar"), weights_only=True)
+    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())
