@@ -173,14 +173,20 @@ def read_checkpoint(cfg, stage, world):
     wanted = settings_of(cfg, stage)
     if stage == "ar" and cfg.teacher:  # it may come from a run with other settings, as long as it fits
         wanted = {k: wanted[k] for k in SHAPE}
-    differ = [f"{k}={state['settings'].get(k)} there, {v} now" for k, v in sorted(wanted.items())
-              if state["settings"].get(k) != v]
-    if state["stage"] != stage or state["words"] != world.words:
+    there = state["settings"]
+    differ = [f"{k}={str(there.get(k))[:30]} there, {v} now" for k, v in sorted(wanted.items())
+              if type(there.get(k)) is not type(v) or there[k] != v]
+    if state["stage"] != stage or not same_words(state, world):
         differ.append("another stage or vocabulary")
     if differ:
         raise UserError(f"{path} was made with other settings ({'; '.join(differ[:4])}): use the same, or another "
                         f"--run_dir, or delete it")
     return state
+
+
+def same_words(state, world):
+    """Whether a checkpoint has the world's vocabulary, whatever a damaged one may hold in its place."""
+    return [str(word) for word in state["words"]] == world.words
 
 
 def check_checkpoint(path, state):
@@ -213,7 +219,7 @@ def start_from(cfg, world, stage):
         raise UserError(f"--init {cfg.init}: there is no such checkpoint")
     state = load_tensors(cfg.init)
     check_checkpoint(cfg.init, state)
-    if state["words"] != world.words or any(state["settings"].get(k) != getattr(cfg, k) for k in SHAPE):
+    if not same_words(state, world) or any(repr(state["settings"].get(k)) != repr(getattr(cfg, k)) for k in SHAPE):
         raise UserError(f"--init {cfg.init} is of another vocabulary or model shape: use the settings it was made with")
     return with_weights(cfg, world, state, cfg.init)
 

@@ -124,7 +124,7 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=200, rl_steps=100,
+        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=100, rl_steps=60,
         rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.95,1.0", tau=0.98),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,

@@ -227,6 +227,7 @@ class ARState:
         return self.model(self.last, here - self.pad, mask[:, None, None], self.cache, slots, n_keys)[:, 0]
 
     def draw(self, hidden, temperature, generator):
+        """Draw the next token of every row from what predicts it, hidden (N, d); rows that have ended write [PAD]."""
         token, logp, _ = sample(self.model.logits(hidden), temperature, generator)
         self.tokens.index_copy_(1, self.i, (token * self.running)[:, None])
         self.logp.index_copy_(1, self.i, (logp * self.running)[:, None])
@@ -235,6 +236,7 @@ class ARState:
         self.i += 1
 
     def result(self):
+        """-> tokens (N, max_len), log-probabilities (N, max_len), forwards (N,)"""
         return self.tokens.clone(), self.logp.clone(), (self.tokens != PAD).sum(1)
 
 
