@@ -18,10 +18,10 @@ toy beauty: .venv/ready
 test: .venv/ready
 	$(RUN) -m pytest -q tests
 
-# 20 kills of training runs, then 10,000 damaged files at the loaders: a quarter of an hour
+# 24 kills of training runs, then 10,000 damaged files at the loaders: a quarter of an hour
 torture: .venv/ready
 	rm -rf runs/torture
-	$(RUN) tests/torture.py 20 10000 runs/torture
+	$(RUN) tests/torture.py 24 10000 runs/torture
 
 # the environment; made again whenever requirements.txt changes
 .venv/ready: requirements.txt

@@ -284,14 +284,15 @@ class Run:
                     self._save(done)
 
     def update(self, loss):
-        """One optimiser step on a scalar loss; returns the gradient norm before clipping."""
+        """One optimiser step on a scalar loss (of several processes, each its share of the sum); returns the gradient norm before
+        clipping."""
         scale = min(1.0, (self.step + 1) / min(self.cfg.warmup, 1 + self.n_steps // 10))  # a short stage warms up in a tenth of it
         progress = self.step / max(1, self.n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * scale * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if RANKS > 1:
+        if RANKS > 1:  # by hand: DistributedDataParallel expects one forward a backward, and here are up to three
             for p in self.model.parameters():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)

@@ -1,13 +1,12 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects every token it wrote.
 
     python train_opd.py --config toy      # 50 seconds on 2 CPU cores; expect no harm, CFT being nearly perfect there
-    python train_opd.py --config small    # Amazon Beauty, 7 minutes on 1 CPU core; expect half a point more valid answers
+    python train_opd.py --config small    # Amazon Beauty, 4 minutes on 1 CPU core; expect valid and ranking as they were
 
 CFT shows the student states made by random masks over the teacher's text; while it decodes it meets others, made by its
-own choices. The difference that costs most: in CFT every label that is shown stands in its right place, so the student
-never has to rule out a label because it stands in a wrong one. So the student decodes, drawing its tokens, with its cached
-block sampler, and in the states that it met its distributions are pulled towards those of the teacher that reads the same
-finished text (GKD, arXiv 2306.13649). Two corrections make this help (ablations.py has the runs without):
+own choices. So the student decodes, drawing its tokens, with its cached block sampler, and in the states that it met its
+distributions are pulled towards those of the teacher that reads the same finished text (GKD, arXiv 2306.13649). Two corrections
+limit the harm that this can do (ablations.py has lines without):
   - the teacher reads from the left and gives labels to a slot that the student has committed further right; they are
     taken out of the target;
   - a state in which two labels are open weighs as much as one with ten: collisions happen there.

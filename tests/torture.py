@@ -26,7 +26,7 @@ from make_beauty import make_beauty
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --eval_batch 8 "
-        "--ar_steps 60 --cft_steps 40 --opd_steps 30 --rl_steps 30 --rl_prompts 2 --rl_group 3 --save_every 1 --valid_every 20 "
+        "--ar_steps 300 --cft_steps 60 --opd_steps 30 --rl_steps 30 --rl_prompts 2 --rl_group 3 --save_every 1 --valid_every 50 "
         "--threads 1 --tau 0.9").split()
 
 
@@ -106,7 +106,7 @@ def spoil_bytes(raw, rng):
 def spoil_value(value, rng):
     """Something else in the place of a value, of the same type or another."""
     if isinstance(value, torch.Tensor) and value.numel() and rng.random() < 0.5:
-        return rng.choice((value[..., :-1], value.double(), value.flatten(), value * float("nan") if value.is_floating_point() else value + 10 ** 6))
+        return rng.choice((value.flatten()[:-1], value.double(), value.flatten(), value * float("nan") if value.is_floating_point() else value + 10 ** 6))
     return rng.choice((None, -1, 10 ** 12, "x" * 1000, b"\0", [], {}, {"a": 1}, [value], torch.zeros(3), True, float("nan")))
 
 
