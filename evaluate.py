@@ -1,6 +1,6 @@
 """Evaluation: every stage on the same test users, one table, report.json, figures.
 
-    python evaluate.py --config toy      # about 3 minutes on 2 CPU cores
+    python evaluate.py --config toy      # about 2 minutes on 2 CPU cores
     python evaluate.py --config small    # Amazon Beauty, about 10 minutes on 2 CPU cores
 
 Reads the checkpoints under runs/<config>/seed*/, writes report.json, report.md and figures to runs/<config>/. The block-
