@@ -15,10 +15,10 @@ import sys
 
 import numpy as np
 
-from common import checkpoint_path, load_stage, save_atomically, script
+from common import checkpoint_path, decode_split, load_stage, save_atomically, script
 from config import PRESETS, Config, folder
 from data import load_world
-from evaluate import decode_split, finished_seeds, score, stage_decoder
+from evaluate import finished_seeds, score, stage_decoder
 
 LINES = {
     "cft": {
@@ -66,7 +66,7 @@ def curve(cfg, world, stage):
     """[[forwards, valid, strict N@10]] of a finished student, a point a threshold, the fastest first."""
     model, split, points = load_stage(cfg, stage, world)[0], world.test, []
     for tau in thresholds(cfg):
-        tokens, forwards = decode_split(cfg, world, split, stage_decoder(cfg, world, model, stage, tau), f"tau {tau}")
+        tokens, forwards = decode_split(cfg, split, stage_decoder(cfg, world, model, stage, tau), f"tau {tau}")
         got = score(world, split, tokens, forwards)
         points.append([float(got[name].mean()) for name in ("forwards", "valid", "strict ndcg@10")])
     return points

@@ -29,7 +29,7 @@ def decode(cfg, world, model, prompt, B, rule=None, tau=None, prefix=None):
     for i in range(0, len(prompt), cfg.eval_batch):
         rows = slice(i, i + cfg.eval_batch)
         out.append(block_decode(model, prompt[rows], world.max_response, B, rule or cfg.commit, tau or cfg.tau,
-                                prefix=None if prefix is None else prefix[rows]).tokens.cpu())
+                                prefix=None if prefix is None else prefix[rows], clash=cfg.clash).tokens.cpu())
     return torch.cat(out)
 
 

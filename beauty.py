@@ -33,7 +33,7 @@ FIELDS = dict(                  # evidence of a candidate: name -> number of val
     depth=4,                    # levels of its category path shared with the most recent item, 3 = the full path
     leaf=4)                     # how many of the 8 history items have its full path: 0, 1, 2, 3+
 STATED = {"depth": ("depth",), "leaf": ("leaf",), "link": ("link", "via"), "co": ("co", "links", "pop")}  # token: the fields it states
-RARE = 2000
+RARE = 2000  # see merge_rare
 
 
 # --- Pre-ranker ----------------------------------------------------------------------------------------------------

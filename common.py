@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from config import UserError, folder, parse_args, settings_of, steps_of
-from data import parse_answers
+from data import parse_answers, tensors
 from model import GPT
 
 
@@ -347,3 +347,16 @@ def draw_batch(k, size, gen):
 def valid_rate(tokens, split, rows):
     """Share of valid answers among responses (n, R) to the rows of a split."""
     return float(parse_answers(tokens.cpu().numpy(), split.incoming[rows]).valid.mean())
+
+
+def decode_split(cfg, split, decoder, desc):
+    """Run decoder(prompt, rows) -> (tokens, forwards) over a split in batches: tokens (N, R) int64, forwards (N,)."""
+    starts, found = range(0, len(split), cfg.eval_batch), {}
+    for i in tqdm(starts[RANK::RANKS], desc=desc, leave=False, disable=RANK > 0):
+        rows = range(i, min(len(split), i + cfg.eval_batch))
+        tokens, forwards = decoder(tensors(split, rows, device_of(cfg))[0], rows)
+        found[i] = tokens.cpu().numpy(), forwards.cpu().numpy()
+    found = {i: part for of_rank in gathered(found) for i, part in of_rank.items()}
+    width = max(tokens.shape[1] for tokens, _ in found.values())
+    return (np.concatenate([np.pad(found[i][0], ((0, 0), (0, width - found[i][0].shape[1]))) for i in starts]),
+            np.concatenate([found[i][1] for i in starts]))

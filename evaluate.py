@@ -16,9 +16,8 @@ import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import RANK, RANKS, device_of, gathered, load_stage, load_tensors, read_checkpoint, save_atomically, script
+from common import RANK, decode_split, device_of, load_stage, load_tensors, read_checkpoint, save_atomically, script
 from config import STAGES, UserError, folder
 from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
 from diffusion import block_decode
@@ -76,19 +75,6 @@ def score_order(split, order):
     served = ranking_metrics(rank)
     return ({f"served {m}": v for m, v in served.items()} | {f"strict {m}": v for m, v in served.items()} |
             {"valid": np.ones(len(rank)), "identity": (order == split.incoming).all(1).astype(float)})
-
-
-def decode_split(cfg, world, split, decoder, desc):
-    """Run decoder(prompt, rows) -> (tokens, forwards) over a split in batches: tokens (N, R) int64, forwards (N,)."""
-    starts, found = range(0, len(split), cfg.eval_batch), {}
-    for i in tqdm(starts[RANK::RANKS], desc=desc, leave=False, disable=RANK > 0):
-        rows = range(i, min(len(split), i + cfg.eval_batch))
-        tokens, forwards = decoder(tensors(split, rows, device_of(cfg))[0], rows)
-        found[i] = tokens.cpu().numpy(), forwards.cpu().numpy()
-    found = {i: part for of_rank in gathered(found) for i, part in of_rank.items()}
-    width = max(tokens.shape[1] for tokens, _ in found.values())
-    return (np.concatenate([np.pad(found[i][0], ((0, 0), (0, width - found[i][0].shape[1]))) for i in starts]),
-            np.concatenate([found[i][1] for i in starts]))
 
 
 def constrain_answer(world, split):
@@ -241,7 +227,7 @@ def evaluate_seed(cfg, world, seed, known):
 
     def add(stage, tau, users, reported):
         split = world.test.take(slice(0, users))
-        tokens, forwards = decode_split(cfg, world, split, stage_decoder(cfg, world, models[stage], stage, tau),
+        tokens, forwards = decode_split(cfg, split, stage_decoder(cfg, world, models[stage], stage, tau),
                                         f"seed {seed} {stage} tau {tau}")
         timing = dict(NO_TIMING)
         if reported and stage in STAGES[1:]:

@@ -12,9 +12,8 @@ import hashlib
 import os
 
 import torch
-from tqdm import tqdm
 
-from common import (RANK, RANKS, Run, checkpoint_path, device_of, draw_batch, gathered, generator, half, load_stage,
+from common import (Run, checkpoint_path, decode_split, device_of, draw_batch, gathered, generator, half, load_stage,
                     load_tensors, mine, save_atomically, script, start_from, total, valid_rate)
 from data import ANSWER, load_world, tensors
 from diffusion import block_decode, diffusion_loss
@@ -32,19 +31,15 @@ def teacher_outputs(cfg, world, teacher):
     if cfg.cft_gold:
         return tensors(world.train, range(n), "cpu")[1]
     path = os.path.join(os.path.dirname(checkpoint_path(cfg, "ar")), "outputs.pt")
-    device = next(teacher.parameters()).device
     made_by = fingerprint(teacher)
     saved = load_tensors(path) if os.path.exists(path) else {}
     gathered(None)  # nobody writes while another still looks
     tokens = saved.get("tokens") if isinstance(saved, dict) and saved.get("made_by") == made_by else None
     fits = isinstance(tokens, torch.Tensor) and tokens.dtype == torch.int64 and tokens.shape[1:] == (world.max_response,)
     if not fits or len(tokens) < n or tokens.min() < 0 or tokens.max() >= len(world.words):
-        starts, out = range(0, n, cfg.eval_batch), {}
-        for i in tqdm(starts[RANK::RANKS], desc="teacher outputs", disable=RANK > 0):
-            prompt, _ = tensors(world.train, range(i, min(n, i + cfg.eval_batch)), device)
-            out[i] = ar_decode(teacher, prompt, world.max_response)[0].cpu()
-        out = {i: tokens for part in gathered(out) for i, tokens in part.items()}
-        saved = {"made_by": made_by, "tokens": torch.cat([out[i] for i in starts])}
+        decoder = lambda prompt, rows: ar_decode(teacher, prompt, world.max_response)[::2]  # tokens, forwards
+        tokens, _ = decode_split(cfg, world.train.take(slice(0, n)), decoder, "teacher outputs")
+        saved = {"made_by": made_by, "tokens": torch.from_numpy(tokens)}
         save_atomically(path, lambda p: torch.save(saved, p))
     return saved["tokens"][:n]
 
