@@ -54,7 +54,7 @@ class Config:
     compile: bool = False        # torch.compile the forwards of AR training, on a GPU
     warmup: int = 50             # steps of linear warm-up; then cosine decay to zero
     answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
-    misplace: float = 0.5        # share of training answers that show labels in wrong places, in AR and CFT
+    misplace: float = 0.5        # share of training answers that show labels in wrong places, in CFT and, growing from none, in AR
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
     save_every: int = 100        # steps between checkpoints
     valid_every: int = 100       # steps between the valid rates shown in the bar
@@ -91,6 +91,7 @@ class Config:
     opd_answer_states: int = 4   # extra states of the answer's blocks
     opd_rollout_temperature: float = 1.0  # of the student's draws: greedy text is too good to teach how to get out of mistakes
     opd_temperature: float = 1.0  # of the teacher's target; above 1 it is softer
+    opd_accept: float = 1.0      # below 1: where the teacher finds a token more likely than this share of its best, it is the target outright
     opd_exclude: bool = True     # labels that a state shows are taken out of the target: the teacher cannot see to its right
     opd_cut: bool = False        # nothing counts behind the first wrong label: there the teacher is out of its depth
 
@@ -124,7 +125,7 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=100, rl_steps=60,
+        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=100, opd_lr=2e-4, rl_steps=60,
         rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.95,1.0", tau=0.98),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
@@ -193,8 +194,9 @@ def check(cfg):
     if not cfg.min_list <= cfg.n_candidates <= cfg.max_list <= cfg.n_labels:
         raise UserError("list lengths must satisfy min_list <= n_candidates <= max_list <= n_labels, not "
                         f"{cfg.min_list} <= {cfg.n_candidates} <= {cfg.max_list} <= {cfg.n_labels}")
-    if cfg.tau <= 0:
-        raise UserError(f"--tau must be above 0, not {cfg.tau}")
+    for name in ("tau", "opd_accept"):
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name} must be above 0, not {getattr(cfg, name)}")
     if cfg.rl_group < 2:
         raise UserError(f"--rl_group must be at least 2 (an advantage compares samples of one prompt), not {cfg.rl_group}")
     if cfg.device == "cuda" and not torch.cuda.is_available():

@@ -239,3 +239,12 @@ def test_the_whole_recipe_in_miniature_fulfils_the_contract_of_the_report(world,
     assert constrained["valid"] == 1  # whatever the weights
     for name in ("report.md", "tradeoff.png", "throughput.png", "trace_lengths.png", "denoising.png"):
         assert (folder / name).stat().st_size > 500
+
+
+@pytest.mark.parametrize("points, goal, forwards", [
+    ([[2, .5, .6], [4, .98, .6], [5, 1., .7]], .65, 4.5),   # both rise to what is asked half-way from 4 to 5
+    ([[2, .5, .6], [4, .98, .7], [5, 1., .7]], .65, 4.5),   # N@10 is there before
+    ([[2, .5, .6], [4, .995, .64], [5, .995, .68]], .67, 4.75),
+    ([[2, .995, .7]], .65, 2), ([[2, .5, .7]], .65, float("nan"))])
+def test_forwards_needed_for_valid_answers_as_good_as_asked(points, goal, forwards):
+    assert ablations.forwards_needed(np.array(points), goal) == pytest.approx(forwards, nan_ok=True)

@@ -194,6 +194,21 @@ def test_more_states_of_the_answer_weigh_as_one_and_answer_tokens_by_their_weigh
         close(opd_loss(cfg, student, teacher, words(1, 3), decoded, gen()), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("accept", [1e-30, 0.9])
+def test_a_token_of_the_students_that_the_teacher_accepts_is_the_whole_target(accept):
+    student, teacher = tiny_gpt(3), tiny_gpt(0)
+    tokens = torch.tensor([[3, 4, 5, 6, 4, 5, 8, 9]])
+    decoded = Decoded(tokens, tokens, torch.zeros_like(tokens), torch.zeros(1, 8), None)
+    target = teacher.logits(causal_hidden(teacher, words(1, 3), tokens))[0]
+    logits = student.logits(stream_hidden(student, words(1, 3), tokens, torch.full((1, 1, 8), MASK), 4)[0, 0])
+    p = target.softmax(-1)
+    accepted = [p[i, t].item() > accept * p[i].max().item() for i, t in enumerate(tokens[0].tolist())]
+    assert all(accepted) if accept < 0.1 else not all(accepted)
+    each = [-logits[i].log_softmax(-1)[tokens[0, i]] if accepted[i] else divergence(logits[i], target[i], "forward") for i in range(8)]
+    cfg = replace(CFG, block_size=4, answer_weight=1.0, opd_divergence="forward", opd_accept=accept)
+    close(opd_loss(cfg, student, teacher, words(1, 3), decoded, gen()), sum(each) / 8, atol=1e-5)
+
+
 def test_labels_that_a_state_shows_are_no_target():
     L, A = 8, 7
     noised = torch.tensor([[[L, A, L + 2, MASK], [MASK, L + 1, MASK, 3]]])  # two states; L before <answer> belongs to the trace
