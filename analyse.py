@@ -15,7 +15,7 @@ import json
 import numpy as np
 import torch
 
-from common import device_of, generator, load_stage, read_checkpoint, save_atomically, script
+from common import decode_split, device_of, generator, load_stage, read_checkpoint, save_atomically, script
 from config import STAGES, UserError, folder
 from data import LABEL, load_world, parse_answers, tensors
 from diffusion import block_decode, diffusion_loss
@@ -23,14 +23,13 @@ from evaluate import ranking_metrics
 from model import PAD
 
 
-def decode(cfg, world, model, prompt, B, rule=None, tau=None, prefix=None):
-    """block_decode at the operating point (or another rule) in batches of eval_batch: tokens (N, R) on the CPU."""
-    out = []
-    for i in range(0, len(prompt), cfg.eval_batch):
-        rows = slice(i, i + cfg.eval_batch)
-        out.append(block_decode(model, prompt[rows], world.max_response, B, rule or cfg.commit, tau or cfg.tau,
-                                prefix=None if prefix is None else prefix[rows], clash=cfg.clash).tokens.cpu())
-    return torch.cat(out)
+def decode(cfg, world, model, split, B, rule=None, tau=None, prefix=None):
+    """block_decode at the operating point (or another rule), behind prefix (N, L) if there is one: tokens (N, R) on the CPU."""
+    def decoder(prompt, rows):
+        given = None if prefix is None else prefix[rows.start:rows.stop].to(prompt.device)
+        decoded = block_decode(model, prompt, world.max_response, B, rule or cfg.commit, tau or cfg.tau, prefix=given, clash=cfg.clash)
+        return decoded.tokens, decoded.forwards
+    return torch.from_numpy(decode_split(cfg, split, decoder, "decode")[0])
 
 
 def whole_traces(tokens, world, split):
@@ -41,14 +40,14 @@ def whole_traces(tokens, world, split):
     return rows, length + 1
 
 
-def answer_steps(cfg, world, model, prompt, tokens):
+def answer_steps(cfg, world, model, tokens):
     """[{steps, valid, ndcg@10}]: the answer decoded in about `steps` steps a block, behind the trace that `tokens` has."""
     rows, length = whole_traces(tokens, world, world.test)
     given = length // cfg.block_size * cfg.block_size  # whole blocks: where the answer starts inside one, a few trace tokens too
     out, split = [], world.test.take(rows)
     for steps in (1, 2, 3, 4, 6, 8, 16):
         if steps <= cfg.block_size:
-            got = decode(cfg, world, model, prompt[rows], cfg.block_size, "steps", steps, tokens[rows][:, :given].to(prompt.device))
+            got = decode(cfg, world, model, split, cfg.block_size, "steps", steps, tokens[rows][:, :given])
             answers = parse_answers(got.numpy(), split.incoming)
             ndcg = ranking_metrics((answers.order == split.target[:, None]).argmax(1))["ndcg@10"]
             out.append({"steps": steps, "valid": answers.valid.mean(), "ndcg@10": (ndcg * answers.valid).mean()})
@@ -67,7 +66,7 @@ def failures(tokens, world):
             "no_label_by_slot": ((label < 0) | (label >= k)).mean(0).tolist(), "answers": len(rows)}
 
 
-def falsified(cfg, world, model, prompt, tokens, B):
+def falsified(cfg, world, model, tokens, B):
     """The evidence of the best and of the last candidate of each answer changes places in the trace, their labels staying;
     then the answer is decoded again. Shares of answers that change, and where the two candidates go."""
     rows, length = whole_traces(tokens, world, world.test)
@@ -87,7 +86,7 @@ def falsified(cfg, world, model, prompt, tokens, B):
     out = {"answers": int(changed.sum())}
     orders = {}
     for name, text in (("same", tokens[rows]), ("forged", forged)):
-        got = decode(cfg, world, model, prompt[rows], B, prefix=text[:, :given].to(prompt.device))
+        got = decode(cfg, world, model, split, B, prefix=text[:, :given])
         orders[name] = parse_answers(got.numpy(), split.incoming).order[changed]
     rank = lambda order, which: (order == pair[changed][:, which, None]).argmax(1).mean() + 1
     out["changed_without_forgery"] = (orders["same"] != before.order[changed]).any(1).mean()
@@ -113,21 +112,21 @@ def main(cfg):
         raise UserError(f"there is no conversion to analyse: first run `python train_cft.py --config {cfg.config}`")
     users = min(cfg.eval_curve_users, len(world.test))  # of these, all but the places of failures, which are rare
     few = dataclasses.replace(world, test=world.test.take(slice(0, users)))
-    prompt, response = tensors(world.test, range(len(world.test)), device_of(cfg))
+    prompt, response = tensors(world.test, range(min(64, users)), device_of(cfg))
     for stage in dict.fromkeys(s for s in ("ar", "cft", list(models)[-1]) if s in models):
         model, B = models[stage], 1 if stage == "ar" else cfg.block_size
         row = out[stage] = {}
-        tokens = decode(cfg, world, model, prompt, B)
+        tokens = decode(cfg, world, model, world.test, B)
         if not len(whole_traces(tokens[:users], few, few.test)[0]):
             raise UserError(f"{stage}: no trace has its proper length, there is nothing to analyse: train for longer")
         if stage == "ar":
             traces = tokens[:users]
         row["failures"] = failures(tokens, world)
-        row["falsified"] = falsified(cfg, few, model, prompt[:users], tokens[:users], B)
-        row["answer_steps"] = answer_steps(cfg, few, model, prompt[:users], tokens[:users]) if B > 1 else None
-        row["bound"] = {b: bound(cfg, model, prompt[:64], response[:64], b) for b in (1, 4, 8, 16)}
+        row["falsified"] = falsified(cfg, few, model, tokens[:users], B)
+        row["answer_steps"] = answer_steps(cfg, few, model, tokens[:users]) if B > 1 else None
+        row["bound"] = {b: bound(cfg, model, prompt, response, b) for b in (1, 4, 8, 16)}
     # the naive conversion decodes the answer behind the AR teacher's own trace
-    out["naive"] = {"answer_steps": answer_steps(cfg, few, models["ar"], prompt[:users], traces)}
+    out["naive"] = {"answer_steps": answer_steps(cfg, few, models["ar"], traces)}
     text = markdown(out)
     save_atomically(folder(cfg, "analysis.json"), lambda p: open(p, "w").write(json.dumps(out, indent=1) + "\n"))
     save_atomically(folder(cfg, "analysis.md"), lambda p: open(p, "w").write(text))

@@ -249,8 +249,8 @@ class Run:
 
         run = Run(cfg, "cft", model, world)
         for step in run.steps():           # continues where a killed run stopped
-            run.update(loss)               # once or several times
-            run.log(loss=...)
+            log = run.update(loss)         # once or several times
+            run.log(**log)
     """
 
     def __init__(self, cfg, stage, model, world):
@@ -284,8 +284,8 @@ class Run:
                     self._save(done)
 
     def update(self, loss):
-        """One optimiser step on a scalar loss (of several processes, each its share of the sum); returns the gradient norm before
-        clipping."""
+        """One optimiser step on a scalar loss (of several processes, each its share of the sum); returns the loss of all and the
+        gradient norm before clipping, for the log."""
         scale = min(1.0, (self.step + 1) / min(self.cfg.warmup, 1 + self.n_steps // 10))  # a short stage warms up in a tenth of it
         progress = self.step / max(1, self.n_steps)
         for group in self.optimizer.param_groups:
@@ -303,7 +303,7 @@ class Run:
         if not math.isfinite(loss + norm):
             raise UserError(f"{self.stage}: loss {loss}, gradient norm {norm} at step {self.step}: try a lower --{self.stage}_lr; "
                             f"the last checkpoint is {checkpoint_path(self.cfg, self.stage)}")
-        return norm
+        return {"loss": loss, "grad_norm": norm}
 
     def log(self, **values):
         """One line of metrics.jsonl, and the bar. seconds: since this process began the stage."""

@@ -306,7 +306,7 @@ def main(cfg):
     if RANK:
         return
     if cfg.eval_split == "test":
-        figures(cfg, world, report, per_seed[seeds[0]], shown, speed)
+        figures(cfg, world, report, per_seed[seeds[0]], shown, speed, (1, SPEED_BATCH))
     print(f"\n{summary(report)}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))
 
 

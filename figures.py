@@ -12,10 +12,10 @@ from model import PAD
 COLOURS = {"ar": "#333333", "naive": "#b0b0b0", "cft": "#1f77b4", "opd": "#2ca02c", "rl": "#d62728"}
 
 
-def figures(cfg, world, report, scores, models, speed):
+def figures(cfg, world, report, scores, models, speed, batches):
     """Four figures into runs/<config>/: tradeoff.png, throughput.png, trace_lengths.png, denoising.png.
 
-    scores: {(stage, tau, reported): (scores, ...)} and models {stage: GPT} of one seed; speed: evaluate.speed."""
+    scores: {(stage, tau, reported): (scores, ...)} and models {stage: GPT} of one seed; speed: evaluate.speed, at the two batches."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -32,7 +32,7 @@ def figures(cfg, world, report, scores, models, speed):
     if last != "ar":
         quick = dataclasses.replace(cfg, eval_speed_seconds=cfg.eval_speed_seconds / 3)
         fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for ax, batch in zip(axes, (1, 64)):
+        for ax, batch in zip(axes, batches):
             timing = [speed(quick, world, models["ar"], models[last], batch, n) for n in lengths]
             ax.plot(lengths, [t["ar"] for t in timing], "o--", color=COLOURS["ar"], label="AR, cached")
             ax.plot(lengths, [t["block"] for t in timing], "o-", color=COLOURS[last], label=f"{last}, block size {cfg.block_size}")

@@ -75,11 +75,10 @@ def main(cfg):
             logits = model.logits(causal_hidden(model, prompt[rows], shown[rows])).float()  # (N, R, V)
         nats = F.cross_entropy(logits.transpose(1, 2), response[rows], reduction="none")  # (N, R)
         loss = (nats * weight[rows]).sum() / weight.sum()
-        norm = run.update(loss)
+        log = run.update(loss)
 
         mean_nats = lambda part: (total((nats * part[rows]).sum()) / part.sum()).item()
-        log = {"loss": total(loss).item(), "trace_nats": mean_nats(weight == 1), "answer_nats": mean_nats(weight > 1),
-               "grad_norm": norm}
+        log |= {"trace_nats": mean_nats(weight == 1), "answer_nats": mean_nats(weight > 1)}
         if run.time_to_validate():
             rows = range(min(64, len(world.val)))
             prompt, truth = tensors(world.val, rows, device)

@@ -14,7 +14,7 @@ import os
 import torch
 
 from common import (Run, checkpoint_path, decode_split, device_of, draw_batch, gathered, generator, half, load_stage,
-                    load_tensors, mine, save_atomically, script, start_from, total, valid_rate)
+                    load_tensors, mine, save_atomically, script, start_from, valid_rate)
 from data import ANSWER, load_world, tensors
 from diffusion import block_decode, diffusion_loss
 from model import PAD, ar_decode
@@ -89,7 +89,7 @@ def main(cfg):
     outputs = teacher_outputs(cfg, world, load_stage(cfg, "ar", world)[0])
     for step in run.steps():
         loss = cft_loss(cfg, world, model, outputs, generator(cfg, "cft", step))
-        log = {"grad_norm": run.update(loss), "loss": total(loss).item()}
+        log = run.update(loss)
         if run.time_to_validate():
             log |= validate(cfg, world, model)
         run.log(**log)

@@ -143,7 +143,7 @@ def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, own, run
     loss = cfg.opd_weight * distance
     if cfg.opd_anchor:
         loss = loss + cfg.opd_anchor * cft_loss(cfg, world, student, outputs, gen)
-    return {"grad_norm": run.update(loss), "loss": total(loss).item(), "divergence": total(distance).item()}
+    return run.update(loss) | {"divergence": total(distance).item()}
 
 
 def main(cfg):

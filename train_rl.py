@@ -102,8 +102,8 @@ def update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run):
             log["replay_off"] = mean((old_logp - decoded.logp).abs())
         loss, ratio = policy_loss(logp, old_logp, advantage, token_mask, cfg.rl_eps_low, cfg.rl_eps_high, n_tokens)
         anchor = cfg.rl_anchor * cft_loss(cfg, world, model, outputs, gen) if cfg.rl_anchor else 0.0
-        log["grad_norm"] = run.update(loss + anchor)
-    return log | {"loss": total(loss).item(), "ratio_off": mean((ratio.detach() - 1).abs()), "sampled_nats": mean(-decoded.logp)}
+        log |= run.update(loss + anchor)
+    return log | {"policy_loss": total(loss).item(), "ratio_off": mean((ratio.detach() - 1).abs()), "sampled_nats": mean(-decoded.logp)}
 
 
 def main(cfg):
