@@ -2,6 +2,7 @@
 
     python evaluate.py --config toy      # about 2 minutes on 2 CPU cores
     python evaluate.py --config small    # Amazon Beauty, about 10 minutes on 2 CPU cores
+    python evaluate.py --config toy --show 3   # three users, and what the last student wrote for them
 
 Reads the checkpoints under runs/<config>/seed*/, writes report.json, report.md and figures to runs/<config>/. The block-
 diffusion rows are decoded at one operating point (block size, commit rule, tau) for trace and answer alike; the curve
@@ -23,6 +24,7 @@ from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
 from diffusion import block_decode
 from figures import figures
 from model import EOS, PAD, ar_decode
+from show import show
 
 SPEED_BATCH = 64
 METRICS = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr")
@@ -255,6 +257,8 @@ def evaluate_seed(cfg, world, seed, known):
 
 def main(cfg):
     world, name = load_world(cfg), "report"
+    if cfg.show:
+        return show(cfg, world)
     if cfg.eval_split == "val":
         world, name = dataclasses.replace(world, test=world.val, references={}), "report_val"
     seeds, beside = finished_seeds(cfg), scores_beside(cfg, world)  # what is missing is said before anything is decoded

@@ -15,8 +15,10 @@ import train_ar
 import train_cft
 import train_opd
 import train_rl
-from data import responses, tensors
+from config import Config
+from data import ANSWER, responses, toy_world
 from make_beauty import make_beauty
+from show import show_user
 
 TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --eval_batch 8 "
         "--ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 --rl_prompts 2 --rl_group 3 --save_every 2 --valid_every 3 "
@@ -246,3 +248,29 @@ def test_the_whole_recipe_in_miniature_fulfils_the_contract_of_the_report(world,
     ([[2, .995, .7]], .65, 2), ([[2, .5, .7]], .65, float("nan"))])
 def test_forwards_needed_for_valid_answers_as_good_as_asked(points, goal, forwards):
     assert ablations.forwards_needed(np.array(points), goal) == pytest.approx(forwards, nan_ok=True)
+
+
+def test_show_prints_users_and_marks_what_is_wrong(monkeypatch, capsys, tmp_path):
+    for module in (train_ar, train_cft):
+        run(module, monkeypatch, tmp_path)
+    capsys.readouterr()
+    run(evaluate, monkeypatch, tmp_path, "--show", "2")
+    out = capsys.readouterr().out
+    assert "user 2: " in out and "user 3" not in out and out.count("<answer>") <= 2 and not os.path.exists(tmp_path / "toy" / "report.json")
+    world = toy_world(Config())
+    prompt, trace, tokens = world.test.prompt[0], world.test.trace[0], world.test.response[0].astype(int)
+    step = np.zeros(len(tokens), int)
+
+    def shown(tokens):
+        show_user(world, prompt, trace, tokens, step, 8)
+        return capsys.readouterr().out
+
+    assert "✗" not in shown(tokens) and shown(tokens).count("L3") == 3  # prompt, trace, answer
+    false = tokens.copy()
+    false[5] = next(v for v in range(world.words.index("x0:0"), len(world.words)) if v != tokens[5])  # evidence of the first candidate
+    assert shown(false).count("✗") == 1
+    answer = int((tokens == ANSWER).argmax())
+    twice = tokens.copy()
+    twice[answer + 2] = twice[answer + 1]
+    assert shown(twice).count("✗") == 1
+    assert shown(np.concatenate((tokens[:4], tokens[answer:]))).count("✗ nothing about") == 8
