@@ -2,23 +2,25 @@
 import dataclasses
 
 import numpy as np
+import torch
 
 from common import device_of
 from config import STAGES, folder
 from data import tensors
-from diffusion import block_decode
+from diffusion import block_decode, segment_mask
 from model import PAD
 
 COLOURS = {"ar": "#333333", "naive": "#b0b0b0", "cft": "#1f77b4", "opd": "#2ca02c", "rl": "#d62728"}
 
 
 def figures(cfg, world, report, scores, models, speed, batches):
-    """Four figures into runs/<config>/: tradeoff.png, throughput.png, trace_lengths.png, denoising.png.
+    """Into runs/<config>/: tradeoff.png, throughput.png, trace_lengths.png, mask.png, denoising.png and .gif.
 
     scores: {(stage, tau, reported): (scores, ...)} and models {stage: GPT} of one seed; speed: evaluate.speed, at the two batches."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.animation import FuncAnimation, PillowWriter
 
     def save(fig, name):
         fig.tight_layout()
@@ -26,6 +28,7 @@ def figures(cfg, world, report, scores, models, speed, batches):
         plt.close(fig)
 
     save(tradeoff_figure(report, plt), "tradeoff.png")
+    save(mask_figure(plt), "mask.png")
 
     last = [s for s in STAGES if s in models][-1]
     lengths = [n for n in (cfg.block_size, 2 * cfg.block_size, 4 * cfg.block_size) if n < world.max_response] + [world.max_response]
@@ -49,7 +52,10 @@ def figures(cfg, world, report, scores, models, speed, batches):
     ax.legend()
     save(fig, "trace_lengths.png")
     if last != "ar":
-        save(denoising_figure(cfg, world, models[last], plt), "denoising.png")
+        fig, show_until, order = denoising_figure(cfg, world, models[last], plt)
+        frames = [(-1, 0), *order, *order[-1:] * 3]  # nothing, forward by forward, and a rest at the end
+        FuncAnimation(fig, lambda i: show_until(frames[i]), len(frames)).save(folder(cfg, "denoising.gif"), PillowWriter(fps=2), dpi=60)
+        save(fig, "denoising.png")
 
 
 def tradeoff_figure(report, plt):
@@ -76,7 +82,9 @@ def tradeoff_figure(report, plt):
 
 
 def denoising_figure(cfg, world, model, plt):
-    """One test response as a grid, one block a row, coloured by the denoising step at which each token was committed."""
+    """One test response as a grid, one block a row, coloured by the denoising step at which each token was committed.
+
+    Returns the figure, a function that hides what came after (block, step), and these pairs in the order of the forwards."""
     prompt, _ = tensors(world.test, range(1), device_of(cfg))
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash)
     B = cfg.block_size
@@ -87,16 +95,47 @@ def denoising_figure(cfg, world, model, plt):
     n_steps = int(steps[shown].max()) + 1
     colours = plt.get_cmap("viridis_r")(np.linspace(0.05, 0.6, n_steps))
     fig, ax = plt.subplots(figsize=(1.05 * B, 0.55 * len(tokens) + 1.2))
+    cells = {}  # (block, step) -> what appears there
     for i, j in zip(*np.nonzero(shown)):
-        ax.add_patch(plt.Rectangle((j, i), 0.96, 0.92, color=colours[steps[i, j]]))
+        ax.add_patch(plt.Rectangle((j, i), 0.96, 0.92, color="#dddddd"))  # [MASK]
+        box = ax.add_patch(plt.Rectangle((j, i), 0.96, 0.92, color=colours[steps[i, j]]))
         word = world.words[tokens[i, j]]
         word = word if len(word) < 14 else word.split(" > ")[-1][:12] + "…"
-        ax.text(j + 0.48, i + 0.46, word, ha="center", va="center", fontsize=8, color="black" if steps[i, j] < n_steps / 2 else "white")
+        text = ax.text(j + 0.48, i + 0.46, word, ha="center", va="center", fontsize=8, color="black" if steps[i, j] < n_steps / 2 else "white")
+        cells.setdefault((int(i), int(steps[i, j])), []).extend((box, text))
     for s in range(n_steps):
         ax.plot([], [], "s", color=colours[s], ms=9, label=f"step {s + 1}")
     ax.set(xlim=(0, B), ylim=(len(tokens), 0), yticks=np.arange(len(tokens)) + 0.5, yticklabels=[f"block {i + 1}" for i in range(len(tokens))],
            xticks=[], title=f"{int(shown.sum())} tokens in {int(decoded.forwards[0])} forwards")
     ax.legend(ncol=n_steps, loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False)
+    fig.tight_layout()
+
+    def show_until(last):
+        for when, artists in cells.items():
+            for artist in artists:
+                artist.set_visible(when <= last)
+
+    return fig, show_until, sorted(cells)
+
+
+def mask_figure(plt, P=4, B=4, block=(0, 1, 1)):
+    """What sees what in a training forward: the real mask, for a prompt of P tokens, a response of two blocks, and a segment for
+    each entry of `block`, the noised copy of the block that it names."""
+    S, T = P + 2 * B, P + 2 * B + len(block) * B
+    sees = np.zeros((T, T))
+    sees[:, :S] = segment_mask(P, 2 * B, B, torch.tensor([block]))[0]
+    number = np.arange(T - S) // B
+    sees[S:, S:] = 2 * (number[:, None] == number)  # by construction, without a mask: model.attend_segments
+    fig, ax = plt.subplots(figsize=(6.4, 6))
+    ax.imshow(sees, cmap=plt.matplotlib.colors.ListedColormap(["white", "#7fb2d6", "#f2a65a"]))
+    names = ["prompt", "clean 1", "clean 2", *(f"block {b + 1}, noised" for b in block)]
+    edges = [0, P, *range(P + B, T + 1, B)]
+    middle = [(a + b - 1) / 2 for a, b in zip(edges, edges[1:])]
+    for e in edges[1:-1]:
+        ax.axhline(e - 0.5, color="#888888", lw=0.8)
+        ax.axvline(e - 0.5, color="#888888", lw=0.8)
+    ax.set(xticks=middle, yticks=middle, yticklabels=names, xlabel="is seen", ylabel="sees")
+    ax.set_xticklabels(names, rotation=40, ha="right")
     return fig
 
 

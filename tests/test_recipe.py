@@ -237,7 +237,7 @@ def test_the_whole_recipe_in_miniature_fulfils_the_contract_of_the_report(world,
         assert [row["seed"] for row in rows] == [*made, "mean"] and (rows[-1]["seed_se"] is None) == (len(made) == 1)
     constrained = next(row for row in report["rows"] if row["stage"] == "constrained")
     assert constrained["valid"] == 1  # whatever the weights
-    for name in ("report.md", "tradeoff.png", "throughput.png", "trace_lengths.png", "denoising.png"):
+    for name in ("report.md", "tradeoff.png", "throughput.png", "trace_lengths.png", "denoising.png", "denoising.gif", "mask.png"):
         assert (folder / name).stat().st_size > 500
 
 
