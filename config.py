@@ -66,7 +66,7 @@ class Config:
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
     commit: str = "independent"  # independent | threshold | factor | steps: see diffusion.choose
-    clash: float = 0.1           # independent: slots that collide with a higher probability are never committed together
+    clash: float = 0.4           # independent: unsure slots that collide with a higher probability are not committed together
     tau: float = 0.98            # (roll-outs have thresholds of their own: tau can be turned after training)
 
     # CFT: conversion fine-tuning

@@ -206,13 +206,12 @@ class Decoded:
         return Decoded(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
 
-def choose(logp, open_, forced, rule, tau, clash=0.1):
+def choose(logp, open_, forced, rule, tau, clash=0.4):
     """Which open slots to commit now: logp (N, B, V) log-probabilities, open_, forced (N, B) -> bool (N, B).
 
     threshold: every slot with confidence max p > tau. independent: the same, and where no slot is that sure, every slot that is
-    surer than all those that might say the same token, i.e. with which it would collide with probability
-    sum_v p_i(v) p_j(v) > clash; drawn apart, such slots are what duplicates come from, and slots that want different tokens may
-    as well go together. factor: the n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM,
+    surer than all those that want the same token, or with which it would collide with probability sum_v p_i(v) p_j(v) > clash;
+    drawn apart, such slots are what duplicates come from, and slots that want different tokens may as well go together. factor: the n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM,
     arXiv 2505.22618, sec. 3.3). steps: the ceil(B / tau) most confident, so that a block takes about tau steps whatever the
     confidence. Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step
     makes progress. The choice depends on the distributions only, not on the tokens drawn from them: given the state it is no
@@ -235,7 +234,9 @@ def choose(logp, open_, forced, rule, tau, clash=0.1):
         p = logp.exp() * open_[..., None]
         surer = confidence[:, None] > confidence[..., None]  # (N, i, j): j is surer than i, of equals the first
         surer |= (confidence[:, None] == confidence[..., None]) & (place < place[:, None])
-        surest = open_ & ~((p @ p.transpose(1, 2) > clash) & surer).any(-1)
+        best = logp.argmax(-1)
+        rivals = (p @ p.transpose(1, 2) > clash) | (best[:, :, None] == best[:, None])  # (N, B, B)
+        surest = open_ & ~(rivals & surer).any(-1)
         return torch.where((chosen | forced).any(1, keepdim=True), chosen | forced, surest)
     return chosen | forced | (surest & ~forced.any(1, keepdim=True))
 
@@ -333,7 +334,7 @@ class BlockState:
 
 @torch.no_grad()
 def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, temperature=0.0, generator=None,
-                 fuse=True, constrain=None, prefix=None, clash=0.1):
+                 fuse=True, constrain=None, prefix=None, clash=0.4):
     """Block-diffusion decoding with a KV cache: a batch of rows, each at its own pace.
 
     Every forward feeds one window of the sequence: the block being denoised, preceded, where a row has just finished a
@@ -382,7 +383,7 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     return out
 
 
-def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.1):
+def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.4):
     """block_decode for GPUs, where a small model's time is the time to launch its kernels: all shapes are fixed (the window
     is always two blocks wide, finished rows stay), so that a step can be recorded once and replayed (model.recorded)."""
     prompt = F.pad(prompt, (-prompt.shape[1] % 32, 0), value=PAD)  # few shapes

@@ -56,7 +56,7 @@ def rollout(cfg, world, student, outputs, gen, own):
     prompt, _ = tensors(world.train, rows, device)
     if cfg.opd_source == "student":
         decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "independent", cfg.opd_tau,
-                               cfg.opd_rollout_temperature, own)
+                               cfg.opd_rollout_temperature, own, clash=0.1)  # tokens are drawn, not the best: they collide more often
     else:
         tokens, B = outputs[rows].to(device), cfg.block_size
         filled, real = fill_last_block(tokens, B)

@@ -65,7 +65,7 @@ def rollout(cfg, world, model, candidates, gen, own):
     rows = candidates[draw_batch(world.train.k[candidates], cfg.rl_prompts, gen)[mine(cfg.rl_prompts)]].repeat(cfg.rl_group)
     prompt, _ = tensors(world.train, rows, device_of(cfg))
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, "independent", cfg.rl_tau, cfg.rl_temperature,
-                           own)
+                           own, clash=0.1)  # tokens are drawn, not the best: they collide more often
     incoming = world.train.incoming[rows]
     answers = parse_answers(decoded.tokens.cpu().numpy(), incoming)
     target, k = world.train.target[rows, None], (incoming >= 0).sum(1)

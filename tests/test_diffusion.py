@@ -226,6 +226,10 @@ def test_independent_slots_go_together_and_rivals_wait(word, open_, tau, chosen)
     open_, none = torch.tensor([open_]).bool(), torch.zeros(1, 4, dtype=torch.bool)
     assert choose(logp, open_, none, "independent", tau).int().tolist() == [chosen]
     assert choose(logp, open_, none, "independent", tau, clash=1.0).sum() >= sum(chosen)
+    rivals = torch.tensor([[[.5, .45, .05], [.4, .5, .1]], [[.5, .25, .25], [.4, .3, .3]]]).log()  # collide in .43 and .35 of draws
+    two = torch.ones(2, 2, dtype=torch.bool)
+    for clash, want in ((0.4, [[1, 0], [1, 0]]), (0.44, [[1, 1], [1, 0]])):  # of two that want the same one waits in any case
+        assert choose(rivals, two, ~two, "independent", 0.9, clash).int().tolist() == want
     forced = torch.tensor([[True, False, False, False]])
     sure = (logp.amax(-1).exp() > tau) & open_
     assert torch.equal(choose(logp, open_, forced, "independent", tau), sure | forced)
@@ -279,7 +283,7 @@ def reference_decode(model, prompt, max_len, B, rule, tau):
                 chosen = {j for j in ranked if conf[j] > tau}
                 p = F.softmax(model.logits(hidden), -1).detach()
                 if rule == "independent" and not chosen and step:
-                    chosen = {j for n, j in enumerate(ranked) if all(float(p[i] @ p[j]) <= 0.1 for i in ranked[:n])}
+                    chosen = {j for n, j in enumerate(ranked) if all(float(p[i] @ p[j]) <= 0.4 and best.indices[i] != best.indices[j] for i in ranked[:n])}
             elif rule == "steps":
                 chosen = set(ranked[:math.ceil(B / tau)])
             else:
