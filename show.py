@@ -23,7 +23,7 @@ def show(cfg, world):
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash)
     tokens, step = decoded.tokens.cpu().numpy(), decoded.commit_step.cpu().numpy()
     answers = parse_answers(tokens, split.incoming)
-    print(f"{stages[-1]} of {cfg.config}. A token and the step of its block that wrote it: " +
+    print(f"{stages[-1]} of {cfg.config}; steps of a block: " +
           (" ".join(paint(str(i + 1), i) for i in range(len(COLOURS))) if sys.stdout.isatty() else "(2), (3), ...; the first is not marked"))
     for n in range(len(split)):
         verdict = "valid" if answers.valid[n] else f"{MARK} invalid"

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from evaluate import summary
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COLUMNS = {"R@1": ("strict", "recall@1"), "N@10": ("strict", "ndcg@10"), "MRR": ("strict", "mrr"), "share of gain": ("ar_gain_share",),
            "valid": ("valid",), "faithful": ("faithful",), "identity": ("identity",), "forwards": ("forwards",),
@@ -31,3 +33,9 @@ def test_the_readme_shows_the_figures_of_the_report(config):
                 continue
             number, digits = re.fullmatch(r"([-+]?\d+\.?(\d*)) ?%?(?: ± .*)?", cell).groups()
             assert float(number) == pytest.approx(value * (100 if "%" in cell else 1), abs=0.51 * 10 ** -len(digits)), (cells[0], name)
+
+
+def test_the_readme_shows_what_make_prints():
+    text = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+    report = json.load(open(os.path.join(ROOT, "results", "toy", "report.json")))
+    assert summary(report).strip() in text
