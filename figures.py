@@ -53,7 +53,7 @@ def figures(cfg, world, report, scores, models, speed, batches):
     save(fig, "trace_lengths.png")
     if last != "ar":
         fig, show_until, order = denoising_figure(cfg, world, models[last], plt)
-        frames = [(-1, 0), *order, *order[-1:] * 3]  # nothing, forward by forward, and a rest at the end
+        frames = [(-1, 0), *order[::1 + len(order) // 32], *order[-1:] * 3]  # nothing, forward by forward (at most 32), a rest at the end
         FuncAnimation(fig, lambda i: show_until(frames[i]), len(frames)).save(folder(cfg, "denoising.gif"), PillowWriter(fps=2), dpi=60)
         save(fig, "denoising.png")
 
