@@ -5,7 +5,8 @@
 
 Every line is a command that a student would type; other options (--cft_steps, --opd_steps, ...) go through to it, and a stopped
 table goes on where it was. A line's student is judged on the test users at thresholds around the operating point, and compared
-with the others where it is fair: at the same number of forwards a response, and by the forwards that it needs to be as good as AR. Writes ablations_<stage>.md into the run's folder.
+with the others where it is fair: at the same number of forwards a response, and by the forwards that it needs to be as good as
+AR. Writes ablations_<stage>.md into the run's folder.
 """
 import dataclasses
 import json
@@ -65,12 +66,15 @@ OPD_COST = 2.2
 
 def curve(cfg, world, stage):
     """[[forwards, valid, strict N@10]] of a finished student, a point a threshold, the fastest first."""
-    model, split, points = load_stage(cfg, stage, world)[0], world.test, []
-    for tau in thresholds(cfg):
-        tokens, forwards = decode_split(cfg, split, stage_decoder(cfg, world, model, stage, tau), f"tau {tau}")
-        got = score(world, split, tokens, forwards)
-        points.append([float(got[name].mean()) for name in ("forwards", "valid", "strict ndcg@10")])
-    return points
+    model = load_stage(cfg, stage, world)[0]
+    return [measured(cfg, world, model, stage, tau) for tau in thresholds(cfg)]
+
+
+def measured(cfg, world, model, stage, tau):
+    """[forwards, valid, strict N@10] of a model of a stage, averaged over the test users."""
+    tokens, forwards = decode_split(cfg, world.test, stage_decoder(cfg, world, model, stage, tau), f"{stage} tau {tau}")
+    got = score(world, world.test, tokens, forwards)
+    return [float(got[name].mean()) for name in ("forwards", "valid", "strict ndcg@10")]
 
 
 def forwards_needed(points, goal):
@@ -103,13 +107,12 @@ def options_of(cfg, name):
 def main(cfg):
     world, teacher = load_world(cfg), checkpoint_path(cfg, "ar")
     model, _ = load_stage(cfg, "ar", world)
-    tokens, forwards = decode_split(cfg, world.test, stage_decoder(cfg, world, model, "ar", None), "AR")
-    goal = score(world, world.test, tokens, forwards)["strict ndcg@10"].mean() - 0.005
     start = {"teacher": teacher}
     if cfg.ablate == "opd":
         load_stage(cfg, "cft", world)
         start["init"] = checkpoint_path(cfg, "cft")
     seeds = [0, 1, 2] if cfg.seeds == "all" else finished_seeds(cfg)
+    goal = measured(cfg, world, model, "ar", None)[2] - 0.005  # what is missing has been said before anything is decoded
     preset = Config(**{"config": cfg.config, **PRESETS[cfg.config]})
     ours = {k: v for k, v in dataclasses.asdict(cfg).items()
             if v != getattr(preset, k) and k not in ("config", "seed", "seeds", "run_dir", "teacher", "init", "ablate")}

@@ -211,8 +211,8 @@ def choose(logp, open_, forced, rule, tau, clash=0.4):
 
     threshold: every slot with confidence max p > tau. independent: the same, and where no slot is that sure, every slot that is
     surer than all those that want the same token, or with which it would collide with probability sum_v p_i(v) p_j(v) > clash;
-    drawn apart, such slots are what duplicates come from, and slots that want different tokens may as well go together. factor: the n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM,
-    arXiv 2505.22618, sec. 3.3). steps: the ceil(B / tau) most confident, so that a block takes about tau steps whatever the
+    drawn apart, such slots are what duplicates come from, and slots that want different tokens may as well go together. factor: the
+    n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM, arXiv 2505.22618, sec. 3.3). steps: the ceil(B / tau) most confident, so that a block takes about tau steps whatever the
     confidence. Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step
     makes progress. The choice depends on the distributions only, not on the tokens drawn from them: given the state it is no
     random event.

@@ -101,11 +101,12 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
         target = full_precision(teacher.logits(hidden_t)) / cfg.opd_temperature  # (scored, V)
         if cfg.opd_exclude:
             target = target.masked_fill(labels_shown(noised, of_block(in_answer(decoded.tokens)), n_labels, target.shape[1])[scored], -1e4)
-        # Of two labels that are about as good the student may take either, as long as it knows which: opd_accept makes the token
-        # that it wrote the whole target where the teacher finds it nearly as likely as its best.
-        own = of_block(decoded.tokens)[scored][:, None]  # (scored, 1)
-        accepted = target.gather(1, own) > target.amax(1, keepdim=True) + math.log(cfg.opd_accept)
-        target = torch.where(accepted, torch.full_like(target, -1e4).scatter(1, own, 0.0), target)
+        if cfg.opd_accept < 1:
+            # Of two labels that are about as good the student may take either, as long as it knows which: the token that it wrote
+            # is the whole target where the teacher finds it nearly as likely as its best.
+            own = of_block(decoded.tokens)[scored][:, None]  # (scored, 1)
+            accepted = target.gather(1, own) > target.amax(1, keepdim=True) + math.log(cfg.opd_accept)
+            target = torch.where(accepted, torch.full_like(target, -1e4).scatter(1, own, 0.0), target)
     distance = divergence(full_precision(student.logits(hidden[scored])), target, cfg.opd_divergence, cfg.opd_beta)
     # A state in which few tokens are left weighs as much as one with many (as 1/t does in the CFT loss): there the last
     # labels must be told from those that are taken. Nor do more states of a block make it weigh more.
