@@ -36,7 +36,7 @@ LINES = {
         "half as long": dict(cft_steps=0.5),
         "twice as long": dict(cft_steps=2.0),
         "reference orders, not the teacher's": dict(cft_gold=True),
-        "no misplaced labels": dict(misplace=0.0),
+        "no misplaced labels": dict(cft_misplace=0.0),
         "plain threshold rule": dict(commit="threshold"),
         "factor rule": dict(commit="factor"),
     },

@@ -54,7 +54,6 @@ class Config:
     compile: bool = False        # torch.compile the forwards of AR training, on a GPU
     warmup: int = 50             # steps of linear warm-up; then cosine decay to zero
     answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
-    misplace: float = 0.5        # share of training answers that show labels in wrong places, in CFT and, growing from none, in AR
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
     save_every: int = 100        # steps between checkpoints
     valid_every: int = 100       # steps between the valid rates shown in the bar
@@ -62,6 +61,7 @@ class Config:
     # AR: the teacher
     ar_steps: int = 1500
     ar_lr: float = 2e-3
+    ar_misplace: float = 0.5     # share of training answers that show labels in wrong places, at the end; none at the start
 
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
@@ -75,6 +75,7 @@ class Config:
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
     cft_answer_states: int = 2   # extra noise draws of the answer's blocks in every step: the answer is the hard part
+    cft_misplace: float = 0.9    # share of training answers that show labels in wrong places
     cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
     cft_prompts: int = 10000     # training prompts that the teacher answers, once, before CFT
 
@@ -126,7 +127,7 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=12000, ar_lr=2e-3, cft_steps=2000, cft_lr=1e-3, cft_prompts=20000, opd_steps=100, opd_lr=2e-4, rl_steps=60,
+        ar_steps=12000, ar_lr=2e-3, cft_steps=4000, cft_lr=1e-3, cft_prompts=40000, opd_steps=100, opd_lr=2e-4, rl_steps=60,
         rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.98,1.0", tau=0.99),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,

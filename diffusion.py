@@ -6,7 +6,6 @@ state shows [MASK] where a token is not committed yet. The token shift of the AR
 predicts token i. Hence a block's first token is predicted by the last *clean* token before the block, exactly as in AR
 decoding, and at B = 1 nothing else is left: block diffusion is AR.
 """
-import functools
 import math
 from dataclasses import dataclass
 
@@ -16,8 +15,7 @@ import torch.nn.functional as F
 from model import EOS, MASK, PAD, KVCache, pad_left, recorded, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
-SPLIT = 16  # rows from which those that open a block and those inside one take forwards of their own, not one as wide as the
-#            widest needs: 6 to 13 % faster at batches 16 to 64 on two CPU cores (at 8 it would be 14 % slower)
+SPLIT = 16  # rows from which those that have finished a block wait for the others
 
 
 def full_precision(logits):
@@ -65,9 +63,9 @@ def segment_hidden(model, prompt, clean, noised, block):
     mask[:, :, :P] &= (torch.arange(P, device=dev) >= pad)[:, None]
     mask.diagonal(dim1=1, dim2=2).fill_(True)  # padding sees itself: no empty softmax
     tokens = torch.cat((prompt, clean, noised.flatten(1)), dim=1)
-    hidden = model(tokens, (slot - pad).clamp(min=0), mask[:, None], segment=B if M else 0)
-    before = P + R + torch.arange(M, device=dev)[:, None] * B + lane - 1  # (M, B) slot j-1 of the segment
-    source = torch.where(lane == 0, start[..., None] - 1, before if M else 0)  # (N, M, B)
+    hidden = model(tokens, (slot - pad).clamp(min=0), mask[:, None], segment=B if M else 0, last=1 + R + M * B)  # from P-1 on
+    before = 1 + R + torch.arange(M, device=dev)[:, None] * B + lane - 1  # (M, B) slot j-1 of the segment
+    source = torch.where(lane == 0, block[..., None] * B, before if M else 0)  # (N, M, B)
     return hidden.gather(1, source.flatten(1)[..., None].expand(-1, -1, hidden.shape[-1])).view(*source.shape, -1)
 
 
@@ -257,7 +255,7 @@ class BlockState:
         self.pad, self.block, self.in_block, self.forwards = zeros(n), zeros(n), zeros(n), zeros(n)
         self.running = zeros(n).bool()
         self.cache = KVCache(model, n, self.P + n_tokens)
-        self.slot, self.lane = torch.arange(self.P + n_tokens, device=dev), torch.arange(B, device=dev)
+        self.rows, self.slot, self.lane = (torch.arange(size, device=dev) for size in (n, self.P + n_tokens, B))
         response = (self.slot - self.P) // B * B + B - 1         # last slot that a query of the response sees
         self.visible_to = torch.where(self.slot < self.P, self.slot, self.P + response)
         self.start(prompt, prefix)
@@ -275,54 +273,49 @@ class BlockState:
         self.in_block.zero_()                                    # steps done in it; 0: the block before is not stored yet
         self.logp.zero_(), self.forwards.zero_(), self.running.fill_(True)
 
-    def keep(self, rows):
-        """Go on with some of the rows (m,) only."""
-        for name in ("seq", "step", "logp", "pad", "block", "in_block", "forwards", "running"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.cache.keep(rows)
-
     def forward(self, some, n_clean, width, n_keys):
         """Run the window that starts n_clean slots before the block, of the rows `some` -> hidden (m, width, d)."""
-        at = (self.P + self.block[some, None] * self.B) - n_clean + torch.arange(width, device=self.seq.device)  # (m, width)
+        at = (self.P + self.block[some, None] * self.B) - n_clean + self.slot[:width]  # (m, width)
         pad = self.pad[some, None]
         slot = self.slot[:n_keys]
         mask = (slot <= self.visible_to[at][..., None]) & (slot >= pad[..., None])
         mask |= slot == at[..., None]  # padding sees itself: no empty softmax
         cache = self.cache if isinstance(some, slice) else self.cache.of(some)
-        return self.model(self.seq[some].gather(1, at), (at - pad).clamp(min=0), mask[:, None], cache, at, n_keys)
+        return self.model(self.seq[some].gather(1, at), (at - pad).clamp(min=0), mask[:, None], cache, at, n_keys, last=min(width, self.B + 1))
 
     def predict(self, some, n_clean, n_keys):
         """One forward over n_clean clean slots and the block -> hidden (m, B, d) that predict the block. Slot i is predicted at
         i - 1, slot 0 by the clean part; without one it is committed already, and what it gets is unused."""
         hidden = self.forward(some, n_clean, n_clean + self.B, n_keys)
-        return hidden[:, n_clean - 1:-1] if n_clean else torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
+        return hidden[:, :-1] if n_clean else torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
 
-    def commit(self, hidden, rule, tau, clash, temperature=0.0, generator=None, constrain=None):
-        """Draw tokens from what predicts the block, hidden (n, B, d), commit those that the rule chooses, and go on to the next
-        block where this one is finished."""
-        at = self.block[:, None] * self.B + self.lane            # (n, B) slots of the response
-        tokens = self.seq[:, self.P:].gather(1, at)
+    def commit(self, some, hidden, rule, tau, clash, temperature=0.0, generator=None, constrain=None):
+        """Draw tokens from what predicts the block of the rows `some` (m,), hidden (m, B, d), commit those that the rule chooses, and
+        go on to the next block where this one is finished."""
+        rows, block, step, running = (x[some] for x in (self.rows, self.block, self.in_block, self.running))  # (m,)
+        row, at = rows[:, None], block[:, None] * self.B + self.lane  # (m, B) slots of the response
+        tokens = self.seq[row, self.P + at]
         eos = (tokens == EOS).cumsum(1) > 0                      # at or behind the first committed [EOS]
         open_ = (tokens == MASK) & ~eos
-        logits = self.model.logits(hidden)                       # (n, B, V)
+        logits = self.model.logits(hidden)                       # (m, B, V)
         if constrain is not None:
-            logits = constrain(logits, self.seq[:, self.P:], at)
+            logits = constrain(logits, self.seq[some, self.P:], at, rows)
         drawn, logp, every = sample(logits, temperature, generator)
-        forced = (self.in_block == 0)[:, None] & (self.lane == 0)
-        chosen = choose(every, open_, forced, rule, tau, clash) & self.running[:, None]
+        forced = (step == 0)[:, None] & (self.lane == 0)
+        chosen = choose(every, open_, forced, rule, tau, clash) & running[:, None]
         tokens = torch.where(chosen, drawn, tokens)
-        self.seq.scatter_(1, at + self.P, tokens)
-        self.step.scatter_(1, at, torch.where(chosen, self.in_block[:, None], self.step.gather(1, at)))
-        self.logp.scatter_(1, at, torch.where(chosen, logp, self.logp.gather(1, at)))
-        self.forwards += self.running
+        self.seq[row, self.P + at] = tokens
+        self.step[row, at] = torch.where(chosen, step[:, None], self.step[row, at])
+        self.logp[row, at] = torch.where(chosen, logp, self.logp[row, at])
+        self.forwards[some] += running
         # A block is finished when nothing is open before its first [EOS]; with an [EOS] the row is finished too.
         is_eos = tokens == EOS
         full = ~((tokens == MASK) & (is_eos.cumsum(1) == 0)).any(1)
-        done = full & (is_eos.any(1) | (self.block == self.R // self.B - 1))
-        self.running &= ~done
+        done = full & (is_eos.any(1) | (block == self.R // self.B - 1))
         full &= ~done
-        self.block += full
-        self.in_block.copy_(torch.where(full, 0, self.in_block + 1))
+        self.running[some] = running & ~done
+        self.block[some] = block + full
+        self.in_block[some] = torch.where(full, 0, step + 1)
 
     def result(self):
         """-> Decoded"""
@@ -339,9 +332,9 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
 
     Every forward feeds one window of the sequence: the block being denoised, preceded, where a row has just finished a
     block, by that block in its final, clean state. So storing a finished block costs no forward of its own: it rides
-    along with the next block's first step ("fused"), and its last token predicts the next block's first. Rows whose
-    previous block is stored already merely store it again, unchanged. Keys of the block being denoised are written to
-    the cache too and overwritten by the next forward.
+    along with the next block's first step ("fused"), and its last token predicts the next block's first. Keys of the block
+    being denoised are written to the cache too and overwritten by the next forward. A small batch goes on together, rows inside
+    a block storing the one before again, unchanged; in a large one, where width costs, rows wait until all open their next.
 
     prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash: see `choose`;
     fuse=False spends a forward of its own on the store (a reference, same tokens); constrain, optional, is a function
@@ -354,33 +347,24 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     if prompt.is_cuda and fuse and constrain is None and prefix is None:
         return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash)
     s = BlockState(model, prompt, R, B, prefix)
-    P, everyone = s.P, slice(None)
-    rows = torch.arange(N, device=prompt.device)
-    out = s.result()
-    while len(rows):
-        fresh = s.in_block == 0
-        n_keys = P + int(s.block.max()) * B + B
-        n_clean = P + s.given if s.forwards[0] == 0 else B     # the first forward reads the prompts
+    first = True
+    while s.running.any():
+        go = s.running
+        if N >= SPLIT and (inside := go & (s.in_block > 0)).any():
+            go = inside
+        some = slice(None) if go.all() else go.nonzero()[:, 0]
+        fresh = s.in_block[some] == 0
+        n_keys = s.P + int(s.block[some].max()) * B + B
+        n_clean = s.P + s.given if first else B if fresh.any() else 0  # the first forward reads the prompts
         if fresh.any() and not fuse:
-            stored = s.forward(everyone, n_clean, n_clean, n_keys)[:, -1:]
-            s.forwards += fresh
-            hidden = torch.cat((stored, s.forward(everyone, 0, B, n_keys)[:, :-1]), dim=1)
-        elif fresh.all() or not fresh.any():
-            hidden = s.predict(everyone, n_clean if fresh.any() else 0, n_keys)
-        elif len(rows) < SPLIT:
-            hidden = s.predict(everyone, n_clean, n_keys)      # the others store their last block again, unchanged
+            stored = s.forward(some, n_clean, n_clean, n_keys)[:, -1:]
+            s.forwards[some] += fresh
+            hidden = torch.cat((stored, s.forward(some, 0, B, n_keys)[:, :-1]), dim=1)
         else:
-            hidden = s.logp.new_empty(len(rows), B, s.cache.k.shape[-1])
-            for some, clean in ((fresh.nonzero()[:, 0], n_clean), ((~fresh).nonzero()[:, 0], 0)):
-                hidden[some] = s.predict(some, clean, n_keys)
-        s.commit(hidden, rule, tau, clash, temperature, generator, constrain and functools.partial(constrain, rows=rows))
-        if not s.running.all():
-            done, go = (~s.running).nonzero()[:, 0], s.running.nonzero()[:, 0]
-            for name, value in vars(s.result()).items():
-                getattr(out, name)[rows[done]] = value[done]
-            rows = rows[go]
-            s.keep(go)
-    return out
+            hidden = s.predict(some, n_clean, n_keys)          # who is inside a block stores the one before again, unchanged
+        s.commit(some, hidden, rule, tau, clash, temperature, generator, constrain)
+        first = False
+    return s.result()
 
 
 def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.4):
@@ -391,9 +375,9 @@ def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperat
                        lambda: BlockState(model, prompt, n_tokens, block_size), generator)
     n_keys, everyone = s.P + n_tokens, slice(None)
     s.start(prompt)
-    step("read", lambda: s.commit(s.predict(everyone, s.P, n_keys), rule, tau, clash, temperature, s.generator))
+    step("read", lambda: s.commit(everyone, s.predict(everyone, s.P, n_keys), rule, tau, clash, temperature, s.generator))
     while s.running.any():
-        step("step", lambda: s.commit(s.predict(everyone, block_size, n_keys), rule, tau, clash, temperature, s.generator))
+        step("step", lambda: s.commit(everyone, s.predict(everyone, block_size, n_keys), rule, tau, clash, temperature, s.generator))
     return s.result()
 
 

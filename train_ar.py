@@ -65,7 +65,7 @@ def main(cfg):
         weight = token_weights(response, cfg.answer_weight)
         # In half of the examples at the end, in none at the start: a model that does not yet know the order learns it late, or
         # never, from orders that are broken (toy: exact answers .40 with half from the start, .60 like this, .61 with none).
-        source = misplaced(response, cfg.misplace * step / run.n_steps, gen)
+        source = misplaced(response, cfg.ar_misplace * step / run.n_steps, gen)
         shown, response = response.gather(1, source), response.gather(1, best_left(source))
 
         rows = mine(cfg.batch_size)  # of several processes each takes a part

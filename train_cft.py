@@ -70,7 +70,7 @@ def cft_loss(cfg, world, model, outputs, gen):
         return diffusion_loss(model, prompt, response, cfg.block_size, cfg.cft_noise, cfg.cft_first_step, gen,
                               token_weights(response, cfg.answer_weight),
                               answer_blocks(response, cfg.block_size, cfg.cft_answer_states),
-                              misplaced(response, cfg.misplace, gen), mine(cfg.batch_size))
+                              misplaced(response, cfg.cft_misplace, gen), mine(cfg.batch_size))
 
 
 def validate(cfg, world, model, n=64):
