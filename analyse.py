@@ -15,19 +15,20 @@ import json
 import numpy as np
 import torch
 
-from common import decode_split, device_of, generator, load_stage, read_checkpoint, save_atomically, script
-from config import STAGES, UserError, folder
+from common import decode_split, device_of, finished_stages, generator, save_atomically, script, serve
+from config import UserError, folder
 from data import LABEL, load_world, parse_answers, tensors
-from diffusion import block_decode, diffusion_loss
+from diffusion import diffusion_loss
 from evaluate import ranking_metrics
 from model import PAD
 
 
-def decode(cfg, world, model, split, B, rule=None, tau=None, prefix=None):
-    """block_decode at the operating point (or another rule), behind prefix (N, L) if there is one: tokens (N, R) on the CPU."""
+def decode(cfg, world, model, split, prefix=None, **other):
+    """What a model decodes at the operating point, or with other settings, behind prefix (N, L) if there is one: tokens (N, R) on
+    the CPU."""
     def decoder(prompt, rows):
         given = None if prefix is None else prefix[rows.start:rows.stop].to(prompt.device)
-        decoded = block_decode(model, prompt, world.max_response, B, rule or cfg.commit, tau or cfg.tau, prefix=given, clash=cfg.clash)
+        decoded = serve(cfg, model, prompt, world.max_response, prefix=given, **other)
         return decoded.tokens, decoded.forwards
     return torch.from_numpy(decode_split(cfg, split, decoder, "decode")[0])
 
@@ -47,7 +48,7 @@ def answer_steps(cfg, world, model, tokens):
     out, split = [], world.test.take(rows)
     for steps in (1, 2, 3, 4, 6, 8, 16):
         if steps <= cfg.block_size:
-            got = decode(cfg, world, model, split, cfg.block_size, "steps", steps, tokens[rows][:, :given])
+            got = decode(cfg, world, model, split, tokens[rows][:, :given], rule="steps", tau=steps)
             answers = parse_answers(got.numpy(), split.incoming)
             ndcg = ranking_metrics((answers.order == split.target[:, None]).argmax(1))["ndcg@10"]
             out.append({"steps": steps, "valid": answers.valid.mean(), "ndcg@10": (ndcg * answers.valid).mean()})
@@ -86,7 +87,7 @@ def falsified(cfg, world, model, tokens, B):
     out = {"answers": int(changed.sum())}
     orders = {}
     for name, text in (("same", tokens[rows]), ("forged", forged)):
-        got = decode(cfg, world, model, split, B, prefix=text[:, :given])
+        got = decode(cfg, world, model, split, text[:, :given], block_size=B)
         orders[name] = parse_answers(got.numpy(), split.incoming).order[changed]
     rank = lambda order, which: (order == pair[changed][:, which, None]).argmax(1).mean() + 1
     out["changed_without_forgery"] = (orders["same"] != before.order[changed]).any(1).mean()
@@ -107,7 +108,7 @@ def bound(cfg, model, prompt, response, block_size, draws=16):
 
 def main(cfg):
     world, out = load_world(cfg), {}
-    models = {s: load_stage(cfg, s, world)[0] for s in STAGES if s == "ar" or read_checkpoint(cfg, s, world)}
+    models = {s: model for s, (model, _) in finished_stages(cfg, world).items()}
     if len(models) == 1:
         raise UserError(f"there is no conversion to analyse: first run `python train_cft.py --config {cfg.config}`")
     users = min(cfg.eval_curve_users, len(world.test))  # of these, all but the places of failures, which are rare
@@ -116,7 +117,7 @@ def main(cfg):
     for stage in dict.fromkeys(s for s in ("ar", "cft", list(models)[-1]) if s in models):
         model, B = models[stage], 1 if stage == "ar" else cfg.block_size
         row = out[stage] = {}
-        tokens = decode(cfg, world, model, world.test, B)
+        tokens = decode(cfg, world, model, world.test, block_size=B)
         if not len(whole_traces(tokens[:users], few, few.test)[0]):
             raise UserError(f"{stage}: no trace has its proper length, there is nothing to analyse: train for longer")
         if stage == "ar":

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import UserError, folder, parse_args, settings_of, steps_of
+from config import STAGES, UserError, folder, parse_args, settings_of, steps_of
 from data import parse_answers, tensors
 from model import GPT
+from sampler import block_decode
 
 
 def script(main, doc):
@@ -240,6 +241,17 @@ def load_stage(cfg, stage, world, state=None):
                         f"`python train_{stage}.py --config {cfg.config}` with the same settings" +
                         (", or name another with --teacher" if stage == "ar" else ""))
     return with_weights(cfg, world, state, checkpoint_path(cfg, stage)), state
+
+
+def finished_stages(cfg, world):
+    """{stage: (model, checkpoint)} of the teacher and of every stage that has finished. UserError without a finished teacher."""
+    states = {stage: read_checkpoint(cfg, stage, world) for stage in STAGES}
+    return {s: load_stage(cfg, s, world, state) for s, state in states.items() if s == "ar" or state and state["finished"]}
+
+
+def serve(cfg, model, prompt, max_len, **other):
+    """block_decode at the operating point, or with other settings."""
+    return block_decode(model, prompt, max_len, **{"block_size": cfg.block_size, "rule": cfg.commit, "tau": cfg.tau, "clash": cfg.clash, **other})
 
 
 # --- The loop around a stage's own loss -----------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Config:
 
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
-    commit: str = "independent"  # independent | threshold | factor | steps: see diffusion.choose
+    commit: str = "independent"  # independent | threshold | factor | steps: see sampler.choose
     clash: float = 0.4           # independent: unsure slots that collide with a higher probability are not committed together
     tau: float = 0.98            # (roll-outs have thresholds of their own: tau can be turned after training)
 
@@ -75,7 +75,7 @@ class Config:
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
     cft_answer_states: int = 2   # extra noise draws of the answer's blocks in every step: the answer is the hard part
-    cft_misplace: float = 0.9    # share of training answers that show labels in wrong places
+    cft_misplace: float = 0.5    # share of training answers that show labels in wrong places
     cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
     cft_prompts: int = 10000     # training prompts that the teacher answers, once, before CFT
 
@@ -127,7 +127,8 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,
         n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=12000, ar_lr=2e-3, cft_steps=4000, cft_lr=1e-3, cft_prompts=40000, opd_steps=100, opd_lr=2e-4, rl_steps=60,
+        ar_steps=12000, ar_lr=2e-3, cft_steps=4000, cft_lr=1e-3, cft_prompts=40000, cft_misplace=0.9,
+        opd_steps=100, opd_lr=2e-4, rl_steps=200,
         rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.98,1.0", tau=0.99),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=8, max_list=12, vary_lists=0.2, n_train=131413,

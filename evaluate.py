@@ -18,10 +18,9 @@ import time
 import numpy as np
 import torch
 
-from common import RANK, decode_split, device_of, load_stage, load_tensors, read_checkpoint, save_atomically, script
+from common import RANK, decode_split, device_of, finished_stages, load_tensors, save_atomically, script, serve
 from config import STAGES, UserError, folder
 from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
-from diffusion import block_decode
 from figures import figures
 from model import EOS, PAD, ar_decode
 from show import show
@@ -119,15 +118,12 @@ def constrain_answer(world, split):
 def stage_decoder(cfg, world, model, stage, tau):
     """The decoder of a stage as decode_split wants it: plain AR for the teacher, block diffusion for the others."""
     if stage == "ar":
-        def decoder(prompt, rows):
-            tokens, _, forwards = ar_decode(model, prompt, world.max_response)
-            return tokens, forwards
-        return decoder
+        return lambda prompt, rows: ar_decode(model, prompt, world.max_response)[::2]  # tokens, forwards
     constrain = constrain_answer(world, world.test) if stage == "constrained" else None
 
     def decoder(prompt, rows):
         hook = constrain and functools.partial(constrain, first=rows[0])
-        decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, tau, constrain=hook, clash=cfg.clash)
+        decoded = serve(cfg, model, prompt, world.max_response, tau=tau, constrain=hook)
         return decoded.tokens, decoded.forwards
     return decoder
 
@@ -145,7 +141,7 @@ def speed(cfg, world, teacher, student, batch, max_len=None):
     max_len, device = max_len or world.max_response, device_of(cfg)
     seconds, tokens, start, i = [0.0, 0.0], [0, 0], time.perf_counter(), 0
     decoders = (lambda p: ar_decode(teacher, p, max_len)[0],
-                lambda p: block_decode(student, p, max_len, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash).tokens)
+                lambda p: serve(cfg, student, p, max_len).tokens)
     while i < 2 or time.perf_counter() - start < cfg.eval_speed_seconds:
         rows = np.arange(i * batch, (i + 1) * batch) % len(world.test)
         prompt, _ = tensors(world.test, rows, device)
@@ -216,14 +212,10 @@ def evaluate_seed(cfg, world, seed, known):
     cfg = dataclasses.replace(cfg, seed=seed)
     n_curve = min(cfg.eval_curve_users, len(world.test))
     curve = [float(t) for t in cfg.eval_taus.split(",")]
-    models, seconds = {}, {}
-    for stage in STAGES:
-        state = read_checkpoint(cfg, stage, world)
-        if stage == "ar" or state and state["finished"]:  # without a teacher there is nothing to compare with
-            models[stage], state = load_stage(cfg, stage, world, state)
-            seconds[stage] = state["seconds"]
+    finished = finished_stages(cfg, world)
+    models, seconds = {s: model for s, (model, _) in finished.items()}, {s: state["seconds"] for s, (_, state) in finished.items()}
+    last = list(models)[-1]
     models["naive"] = models["ar"]  # the teacher's weights under the student's sampler
-    last = [s for s in STAGES if s in models][-1]
     if last != "ar":
         models["constrained"] = models[last]
     out = {k: (scores, dict(timing), seconds) for k, (scores, timing, seconds) in known.items()}

@@ -1,20 +1,22 @@
-"""The figures of the report, drawn from report.json and the models."""
+"""The figures of the report, drawn from report.json, the training logs and the models."""
 import dataclasses
+import json
+import os
 
 import numpy as np
 import torch
 
-from common import device_of
+from common import checkpoint_path, device_of, serve
 from config import STAGES, folder
 from data import tensors
-from diffusion import block_decode, segment_mask
+from diffusion import segment_mask
 from model import PAD
 
 COLOURS = {"ar": "#333333", "naive": "#b0b0b0", "cft": "#1f77b4", "opd": "#2ca02c", "rl": "#d62728"}
 
 
 def figures(cfg, world, report, scores, models, speed, batches):
-    """Into runs/<config>/: tradeoff.png, throughput.png, trace_lengths.png, mask.png, denoising.png and .gif.
+    """Into runs/<config>/: stages.png, tradeoff.png, throughput.png, trace_lengths.png, mask.png, denoising.png and .gif.
 
     scores: {(stage, tau, reported): (scores, ...)} and models {stage: GPT} of one seed; speed: evaluate.speed, at the two batches."""
     import matplotlib
@@ -29,6 +31,7 @@ def figures(cfg, world, report, scores, models, speed, batches):
 
     save(tradeoff_figure(report, plt), "tradeoff.png")
     save(mask_figure(plt), "mask.png")
+    save(stages_figure(cfg, report, plt), "stages.png")
 
     last = [s for s in STAGES if s in models][-1]
     lengths = [n for n in (cfg.block_size, 2 * cfg.block_size, 4 * cfg.block_size) if n < world.max_response] + [world.max_response]
@@ -56,6 +59,29 @@ def figures(cfg, world, report, scores, models, speed, batches):
         frames = [(-1, 0), *order[::1 + len(order) // 32], *order[-1:] * 3]  # nothing, forward by forward (at most 32), a rest at the end
         FuncAnimation(fig, lambda i: show_until(frames[i]), len(frames)).save(folder(cfg, "denoising.gif"), PillowWriter(fps=2), dpi=60)
         save(fig, "denoising.png")
+
+
+def stages_figure(cfg, report, plt):
+    """The structural gap, opened and closed: which answers are valid stage by stage, and how CFT brings them back, from its log."""
+    rows = {r["stage"]: r for r in report["rows"] if r["seed"] == "mean" and r["reported"] and r["stage"] in (*COLOURS, "constrained")}
+    fig, (bars, curve) = plt.subplots(1, 2, figsize=(10, 4))
+    kinds = {"valid": "#2ca02c", "duplicated": "#d62728", "dropped": "#ff7f0e", "out_of_set": "#9467bd"}
+    for i, (kind, colour) in enumerate(kinds.items()):
+        at = np.arange(len(rows)) + 0.2 * (i - 1.5)
+        drawn = bars.bar(at, [100 * r[kind] for r in rows.values()], 0.19, color=colour, label=kind.replace("_", " "))
+        if kind == "valid":
+            bars.bar_label(drawn, [f"{100 * r['valid']:.1f}" for r in rows.values()], fontsize=8)
+    bars.set(xticks=range(len(rows)), xticklabels=rows, ylabel="% of the answers", ylim=(0, 119), title="at the operating point")
+    bars.legend(ncol=4, fontsize=7, loc="upper center")
+    path = os.path.join(os.path.dirname(checkpoint_path(dataclasses.replace(cfg, seed=report["seeds"][0]), "cft")), "metrics.jsonl")
+    log = [line for line in map(json.loads, open(path)) if "valid" in line] if os.path.exists(path) else []
+    curve.plot([line["step"] for line in log], [100 * line["valid"] for line in log], "o-", color=kinds["valid"], ms=3)
+    curve.set(xlabel="CFT steps", ylabel="valid answers, % of 64", ylim=(0, 105), title="while CFT goes on")
+    other = curve.twinx()
+    other.plot([line["step"] for line in log], [line["tokens_per_forward"] for line in log], "-", color=COLOURS["cft"], lw=1)
+    other.set_ylabel("tokens a forward", color=COLOURS["cft"])
+    other.set_ylim(0)
+    return fig
 
 
 def tradeoff_figure(report, plt):
@@ -86,7 +112,7 @@ def denoising_figure(cfg, world, model, plt):
 
     Returns the figure, a function that hides what came after (block, step), and these pairs in the order of the forwards."""
     prompt, _ = tensors(world.test, range(1), device_of(cfg))
-    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash)
+    decoded = serve(cfg, model, prompt, world.max_response)
     B = cfg.block_size
     tokens, steps = decoded.tokens[0].cpu().numpy().reshape(-1, B), decoded.commit_step[0].cpu().numpy().reshape(-1, B)
     used = (tokens != PAD).any(1)

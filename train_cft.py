@@ -14,9 +14,9 @@ import os
 import torch
 
 from common import (Run, checkpoint_path, decode_split, device_of, draw_batch, gathered, generator, half, load_stage,
-                    load_tensors, mine, save_atomically, script, start_from, valid_rate)
+                    load_tensors, mine, save_atomically, script, serve, start_from, valid_rate)
 from data import ANSWER, load_world, tensors
-from diffusion import block_decode, diffusion_loss
+from diffusion import diffusion_loss
 from model import PAD, ar_decode
 from train_ar import misplaced, token_weights
 
@@ -77,7 +77,7 @@ def validate(cfg, world, model, n=64):
     """Valid rate and tokens a forward on the first validation prompts, at the operating point."""
     rows = range(min(n, len(world.val)))
     prompt, _ = tensors(world.val, rows, device_of(cfg))
-    decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash)
+    decoded = serve(cfg, model, prompt, world.max_response)
     return {"valid": valid_rate(decoded.tokens, world.val, rows),
             "tokens_per_forward": ((decoded.tokens != PAD).sum() / decoded.forwards.sum()).item()}
 

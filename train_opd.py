@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from common import (Run, device_of, draw_batch, gathered, generator, half, load_stage, mine, of_my_own, script, start_from,
                     total, valid_rate)
 from data import LABEL, load_world, tensors
-from diffusion import (NEVER, Decoded, block_decode, decode_states, every_block, fill_last_block, full_precision,
-                       segment_hidden, take_blocks)
+from diffusion import decode_states, every_block, fill_last_block, full_precision, segment_hidden, take_blocks
 from model import MASK, PAD, causal_hidden
+from sampler import NEVER, Decoded, block_decode
 from train_ar import in_answer, token_weights
 from train_cft import answer_blocks, cft_loss, teacher_outputs, validate
 

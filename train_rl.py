@@ -16,8 +16,9 @@ import torch
 
 from common import Run, device_of, draw_batch, gathered, generator, half, load_stage, mine, of_my_own, script, start_from, total
 from data import load_world, parse_answers, tensors
-from diffusion import block_decode, replay_logp
+from diffusion import replay_logp
 from model import PAD
+from sampler import block_decode
 from train_cft import cft_loss, teacher_outputs, validate
 
 

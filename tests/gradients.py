@@ -11,7 +11,7 @@ import train_opd
 import train_rl
 from common import RANK, RANKS, mine
 from config import Config
-from diffusion import Decoded, block_decode
+from sampler import Decoded, block_decode
 
 N, B = 8, 4
 

@@ -1,4 +1,4 @@
-"""Invariants of model.py and diffusion.py. Where two computations must agree they run in float64."""
+"""Invariants of model.py, diffusion.py and sampler.py. Where two computations must agree they run in float64."""
 import itertools
 import math
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import diffusion
+import sampler
 from conftest import VOCAB, close, left_padded, stream_hidden, tiny_gpt, words
-from diffusion import (NEVER, block_decode, choose, decode_states, diffusion_loss, draw_noise,
-                       fill_last_block, replay_block_decode, replay_logp, segment_hidden, segment_mask, what_is_left)
+from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, what_is_left
 from model import EOS, MASK, PAD, RECORDED, ar_decode, causal_hidden, replay_ar_decode
+from sampler import NEVER, block_decode, choose, replay_block_decode
 
 LENGTHS = [4, 1, 6, 3, 5, 2]  # of the prompts: shorter and longer than a block
 RULES = [("independent", 0.6), ("independent", 1.5), ("threshold", 0.3), ("threshold", 0.6), ("threshold", 0.9), ("threshold", 1.5),
@@ -309,7 +309,7 @@ def reference_decode(model, prompt, max_len, B, rule, tau):
 @pytest.mark.parametrize("rule, tau", RULES)
 def test_cached_batched_fused_sampler_equals_the_uncached_reference(B, rule, tau, monkeypatch):
     for seed, split in ((0, 100), (3, 1)):  # one forward for all rows; one for those that open a block, one for the others
-        monkeypatch.setattr(diffusion, "SPLIT", split)
+        monkeypatch.setattr(sampler, "SPLIT", split)
         model, prompt = tiny_gpt(seed), left_padded(LENGTHS, seed)
         decoded = block_decode(model, prompt, 11, B, rule, tau)  # 11: not whole blocks
         for n, length in enumerate(LENGTHS):

@@ -140,7 +140,7 @@ def test_analysis_of_perfect_models_finds_no_failure_and_of_random_ones_says_so(
         run(module, monkeypatch, tmp_path)
     assert "train for longer" in refused(analyse, monkeypatch, capsys, tmp_path)
 
-    def perfect(cfg, world, model, split, B, rule=None, tau=None, prefix=None):
+    def perfect(cfg, world, model, split, prefix=None, **other):
         """Writes the reference; behind a forged trace, whose beginning differs, the reversed ranking."""
         out = responses(split.trace, split.order)
         if prefix is not None:

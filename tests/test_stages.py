@@ -15,8 +15,9 @@ from common import draw_batch
 from config import Config
 from conftest import close, left_padded, stream_hidden, tiny_gpt, words
 from data import ANSWER, LABEL, tensors, toy_world
-from diffusion import NEVER, Decoded, block_decode, diffusion_loss, replay_logp
+from diffusion import diffusion_loss, replay_logp
 from model import EOS, MASK, PAD, causal_hidden
+from sampler import NEVER, Decoded, block_decode
 from train_ar import best_left, in_answer, misplaced, token_weights
 from train_opd import divergence, opd_loss
 from train_rl import advantages, policy_loss, reward
