@@ -15,8 +15,9 @@ toy beauty: .venv/ready
 	$(RUN) train_rl.py --config $(CONFIG)
 	$(RUN) evaluate.py --config $(CONFIG)
 
+# UNTOUCHED: that the graders of exercises.md fail on the code as it is given
 test: .venv/ready
-	$(RUN) -m pytest -q tests
+	UNTOUCHED=1 $(RUN) -m pytest -q tests
 
 # 24 kills of training runs, then 10,000 damaged files at the loaders: a quarter of an hour
 torture: .venv/ready

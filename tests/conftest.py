@@ -13,6 +13,13 @@ from model import EOS, GPT, PAD  # noqa: E402
 VOCAB = 10
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Leave the graders of exercises.md out, which fail until somebody does the exercises, unless they are named on the command
+    line or asked to fail (UNTOUCHED=1)."""
+    if collection_path.name == "test_exercises.py" and not os.environ.get("UNTOUCHED"):
+        return not any("test_exercises.py" in arg for arg in config.invocation_params.args) or None
+
+
 def tiny_gpt(seed=0, vocab=VOCAB, dtype=torch.float64):
     """Two layers with weights so large that distributions are peaked: thresholds matter, and every input token counts.
     Seeds 0, 3, 4, 5 write responses of many lengths."""
