@@ -2,6 +2,7 @@
 
     python ablations.py --config toy --ablate cft --seeds 0,1,2     # CFT's choices, from the AR teacher of this run
     python ablations.py --config toy --ablate opd --seeds 0,1,2     # OPD's choices, from the finished CFT student of this run
+    python ablations.py --config toy --lines "as it is,half as long"  # some lines only
 
 Every line is a command that a student would type; other options (--cft_steps, --opd_steps, ...) go through to it, and a stopped
 table goes on where it was. A line's student is judged on the test users at thresholds around the operating point, and compared
@@ -17,7 +18,7 @@ import sys
 import numpy as np
 
 from common import checkpoint_path, decode_split, load_stage, save_atomically, script
-from config import PRESETS, Config, folder
+from config import PRESETS, Config, UserError, folder
 from data import load_world
 from evaluate import finished_seeds, score, stage_decoder
 
@@ -27,15 +28,15 @@ LINES = {
         "block size 4": dict(block_size=4),
         "block size 8": dict(block_size=8),
         "block size 32": dict(block_size=32),
-        "masks: uniform t, weight 1/t": dict(cft_noise="uniform"),
-        "masks: clipped t, weight 1/t": dict(cft_noise="clipped"),
+        "masks: uniform t and weight 1/t": dict(cft_noise="uniform"),
+        "masks: clipped t and weight 1/t": dict(cft_noise="clipped"),
         "no first-step blocks": dict(cft_first_step=0.0),
         "answer weight 1": dict(answer_weight=1.0),
         "answer weight 16": dict(answer_weight=16.0),
         "no extra answer states": dict(cft_answer_states=0),
         "half as long": dict(cft_steps=0.5),
         "twice as long": dict(cft_steps=2.0),
-        "reference orders, not the teacher's": dict(cft_gold=True),
+        "reference orders instead of the teacher's": dict(cft_gold=True),
         "no misplaced labels": dict(cft_misplace=0.0),
         "plain threshold rule": dict(commit="threshold"),
         "factor rule": dict(commit="factor"),
@@ -52,9 +53,9 @@ LINES = {
         "softer teacher": dict(opd_temperature=2.0),
         "cut behind a wrong label": dict(opd_cut=True),
         "greedy roll-outs": dict(opd_rollout_temperature=0.0),
-        "greedy, own tokens accepted": dict(opd_rollout_temperature=0.0, opd_accept=0.3, opd_divergence="forward", opd_tau=0.98),
+        "greedy and own tokens accepted": dict(opd_rollout_temperature=0.0, opd_accept=0.3, opd_divergence="forward", opd_tau=0.98),
         "labels to the right not excluded": dict(opd_exclude=False),
-        "greedy, not excluded: plain OPD": dict(opd_rollout_temperature=0.0, opd_exclude=False),
+        "greedy and not excluded: plain OPD": dict(opd_rollout_temperature=0.0, opd_exclude=False),
         "off-policy: teacher's text": dict(opd_source="teacher"),
     },
 }
@@ -105,6 +106,9 @@ def options_of(cfg, name):
 
 
 def main(cfg):
+    names = [name.strip() for name in cfg.lines.split(",")] if cfg.lines != "all" else list(LINES[cfg.ablate])
+    if unknown := set(names) - LINES[cfg.ablate].keys():
+        raise UserError(f"--lines: no line is called {', '.join(unknown)}; there are: {'; '.join(LINES[cfg.ablate])}")
     world, teacher = load_world(cfg), checkpoint_path(cfg, "ar")
     model, _ = load_stage(cfg, "ar", world)
     start = {"teacher": teacher}
@@ -115,9 +119,9 @@ def main(cfg):
     goal = measured(cfg, world, model, "ar", None)[2] - 0.005  # what is missing has been said before anything is decoded
     preset = Config(**{"config": cfg.config, **PRESETS[cfg.config]})
     ours = {k: v for k, v in dataclasses.asdict(cfg).items()
-            if v != getattr(preset, k) and k not in ("config", "seed", "seeds", "run_dir", "teacher", "init", "ablate")}
+            if v != getattr(preset, k) and k not in ("config", "seed", "seeds", "run_dir", "teacher", "init", "ablate", "lines")}
     found = {}
-    for name in LINES[cfg.ablate]:
+    for name in names:
         stage, options = options_of(cfg, name)
         place = "as it is" if "commit" in options else name  # a commit rule needs no training of its own: it is finished already
         run_dir = folder(cfg, "ablations", cfg.ablate, "".join(c if c.isalnum() else "_" for c in place))

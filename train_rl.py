@@ -28,8 +28,8 @@ def reward(before, after, k, valid, alpha, conditional):
     before, after: rank of the target (0 = first) in the incoming list and in the answer; k: list length.
         R = (before - after) / k + alpha * [format bonus],   and -1 for an invalid answer
     -1 is below the worst valid answer, (0 - (k-1)) / k: with 0 an invalid answer would beat every demotion. The bonus is
-    paid only if the target rose, or stood first and still does; paid for format alone (conditional=False) it rewards
-    copying the incoming order.
+    paid only if the target rose, or stood first and still does: GR2 found that paid for format alone (conditional=False) it
+    teaches to copy the incoming order.
     """
     rank = (before - after) / k
     bonus = (rank > 0) | ((before == 0) & (after == 0)) if conditional else np.ones_like(valid)

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-import diffusion
+import sampler
 import train_rl
 from conftest import close, left_padded, tiny_gpt, words
 from common import load_tensors
 from config import Config, UserError, parse_args
 from data import load_world
-from diffusion import NEVER, block_decode, diffusion_loss, fill_last_block, segment_hidden
+from diffusion import diffusion_loss, fill_last_block, segment_hidden
 from model import EOS, MASK, PAD, ar_decode
+from sampler import NEVER, block_decode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 UNTOUCHED = bool(os.environ.get("UNTOUCHED"))
@@ -151,7 +152,7 @@ def test_margin():
         logp = torch.log_softmax(4 * rand(N, B, V), dim=-1)
         open_ = rand(N, B) < 0.7
         forced = open_ & (rand(N, B) < 0.1)
-        chosen = diffusion.choose(logp, open_, forced, "margin", tau)
+        chosen = sampler.choose(logp, open_, forced, "margin", tau)
         for n in range(N):
             margin = {}
             for i in range(B):

@@ -178,6 +178,7 @@ def test_ablations_run_each_line_once_and_compare_at_equal_forwards(monkeypatch,
         assert all(f"| {name} |" in table for name in lines[stage])
         assert ("`train_cft.py --cft_steps 3`" if stage == "cft" else "`train_cft.py --cft_steps 8 --cft_lr 0.0006`") in table
     assert "first run `python train_ar.py" in refused(ablations, monkeypatch, capsys, tmp_path / "empty")
+    assert "no line is called nonsense; there are: CFT" in refused(ablations, monkeypatch, capsys, tmp_path, "--lines", "nonsense", "--ablate", "opd")
 
 
 class Killed(Exception):
