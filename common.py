@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import UserError, folder, parse_args, settings_of, steps_of
+from config import STAGES, UserError, folder, parse_args, settings_of, steps_of
 from data import parse_answers, tensors
 from model import GPT
 
@@ -240,6 +240,15 @@ def load_stage(cfg, stage, world, state=None):
                         f"`python train_{stage}.py --config {cfg.config}` with the same settings" +
                         (", or name another with --teacher" if stage == "ar" else ""))
     return with_weights(cfg, world, state, checkpoint_path(cfg, stage)), state
+
+
+def last_student(cfg, world):
+    """The last finished stage behind the teacher: its name, and its model in eval mode. UserError if there is none."""
+    found = [(s, state) for s in STAGES[1:] if (state := read_checkpoint(cfg, s, world)) and state["finished"]]
+    if not found:
+        raise UserError(f"there is no finished student: first run `python train_cft.py --config {cfg.config}`")
+    stage, state = found[-1]
+    return stage, load_stage(cfg, stage, world, state)[0]
 
 
 # --- The loop around a stage's own loss -----------------------------------------------------------------------------------

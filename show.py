@@ -2,8 +2,7 @@
 import sys
 import textwrap
 
-from common import device_of, load_stage, read_checkpoint
-from config import STAGES, UserError
+from common import device_of, last_student
 from data import ANSWER, CANDIDATES, LABEL, parse_answers, statements, tensors
 from diffusion import block_decode
 from model import EOS, PAD
@@ -15,15 +14,12 @@ MARK = "\033[31m✗\033[0m" if sys.stdout.isatty() else "✗"
 def show(cfg, world):
     """Prints the first cfg.show test users: what the prompt shows, what the last finished stage wrote, and what is wrong with it.
     UserError if nothing but the teacher has finished."""
-    stages = [s for s in STAGES[1:] if (state := read_checkpoint(cfg, s, world)) and state["finished"]]
-    if not stages:
-        raise UserError(f"there is no student to show: first run `python train_cft.py --config {cfg.config}`")
-    model, split = load_stage(cfg, stages[-1], world)[0], world.test.take(slice(0, cfg.show))
+    (stage, model), split = last_student(cfg, world), world.test.take(slice(0, cfg.show))
     prompt, _ = tensors(split, range(len(split)), device_of(cfg))
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash)
     tokens, step = decoded.tokens.cpu().numpy(), decoded.commit_step.cpu().numpy()
     answers = parse_answers(tokens, split.incoming)
-    print(f"{stages[-1]} of {cfg.config}; steps of a block: " +
+    print(f"{stage} of {cfg.config}; steps of a block: " +
           (" ".join(paint(str(i + 1), i) for i in range(len(COLOURS))) if sys.stdout.isatty() else "(2), (3), ...; the first is not marked"))
     for n in range(len(split)):
         verdict = "valid" if answers.valid[n] else f"{MARK} invalid"
