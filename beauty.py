@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +118,7 @@ def link_evidence(T, C, cnt, hist, cands, scores):
     part = T8 * weight[:, :, None]
     ev = dict(pos=np.broadcast_to(np.arange(1, MAXC + 1), cands.shape),
               pop=np.log2(cnt[cands] + 1).clip(0, 7),
-              link=np.round(2 * octaves(scores / scores[:, :K].max(1, keepdims=True)) + 7).clip(0, 7),
+              link=np.round(2 * octaves(scores / scores[:, :K].max(1, keepdims=True).clip(1e-30)) + 7).clip(0, 7),  # 0: no item known
               via=np.where(part.max(1) > 0, part.argmax(1) + 1, 0),
               co=np.floor(np.log2(C.numpy()[hist[:, :1], cands] + 1)).clip(0, 7),
               links=(T8 > 0).sum(1).clip(0, 3))
@@ -179,6 +180,16 @@ class Counts:
         self.cnt += seen
 
 
+def make_lists(counts, attr, hybrid, flat, start, user, end, cands, target):
+    """Lists (N) of candidates (N, 12) after the first `end` items of users, whose items start at flat[start[user]], and the
+    pre-ranker's scores of the candidates with these counts (N, 12). Items beyond the counts share the counts' last row."""
+    hist, last = gather_history(flat, start[user], end), len(counts.cnt) - 1
+    known = [np.minimum(x, last) for x in (hist, cands)]
+    scores = prerank(counts.T, counts.cnt, np.minimum(flat, last), start[user], end, attr if hybrid else None, known[1])[1]
+    return Lists(user, hist, cands, target, {**link_evidence(counts.T, counts.C, counts.cnt, *known, scores),
+                                             **attribute_evidence(attr, hist, cands)}), scores
+
+
 def prepare(seqs, items, hybrid=False):
     """-> train, val, test Lists, and the test candidates' order by the pre-ranker with the counts of the evidence (N, K).
 
@@ -199,11 +210,7 @@ def prepare(seqs, items, hybrid=False):
         keep = hit[:, :K].any(1) if only_hits else np.ones(len(user), bool)
         return [x[keep] for x in (user, end, cands, np.where(hit.any(1), hit.argmax(1), -1))]
 
-    def lists(counts, user, end, cands, target):
-        scores = prerank(counts.T, counts.cnt, flat, start[user], end, attr if hybrid else None, cands)[1]
-        hist = gather_history(flat, start[user], end)
-        return Lists(user, hist, cands, target, {**link_evidence(counts.T, counts.C, counts.cnt, hist, cands, scores),
-                                                 **attribute_evidence(attr, hist, cands)}), scores
+    lists = lambda counts, *found: make_lists(counts, attr, hybrid, flat, start, *found)
 
     def joined(parts):
         cat = lambda get: np.concatenate([get(p) for p in parts])
@@ -228,20 +235,29 @@ def prepare(seqs, items, hybrid=False):
     return joined(train), joined(val), test, np.argsort(-scores[:, :K], axis=1, kind="stable")
 
 
-def merge_rare(train, *others):
+def number(evidence, fields):
+    """Numbers of combinations of values, in the order of beauty_words: dict of (N, 12) -> (N, 12)."""
+    return np.ravel_multi_index([evidence[f] for f in fields], [FIELDS[f] for f in fields])
+
+
+def rare(train):
     """Evidence that shares a token is rounded to combinations that training has at least once in RARE statements, the nearest by
     the sum of differences: words that are hardly ever seen cannot be copied from the prompt (they made most traces fail that
-    failed), and nothing is lost by leaving them out."""
-    for fields in STATED.values():
-        sizes = [FIELDS[f] for f in fields]
-        value = np.indices(sizes).reshape(len(sizes), -1)                                          # (fields, combinations)
-        number = lambda lists: np.ravel_multi_index([lists.evidence[f] for f in fields], sizes)    # (N, 12)
-        seen = np.bincount(number(train).ravel(), minlength=value.shape[1])
+    failed), and nothing is lost by leaving them out. -> name in STATED -> (fields, combinations) uint8, what each becomes"""
+    nearest = {}
+    for name, fields in STATED.items():
+        value = np.indices([FIELDS[f] for f in fields]).reshape(len(fields), -1)                   # (fields, combinations)
+        seen = np.bincount(number(train.evidence, fields).ravel(), minlength=value.shape[1])
         kept = np.flatnonzero(seen * RARE >= seen.sum())
         far = np.abs(value[:, :, None] - value[:, None, kept]).sum(0) - seen[kept] / seen.sum()    # ties: the more frequent
-        nearest = value[:, kept[far.argmin(1)]].astype(np.uint8)                                   # (fields, combinations)
-        for lists in (train, *others):
-            lists.evidence |= dict(zip(fields, nearest[:, number(lists)]))
+        nearest[name] = value[:, kept[far.argmin(1)]].astype(np.uint8)
+    return nearest
+
+
+def merge_rare(lists, nearest):
+    """Rounds the lists' evidence; nearest: see rare."""
+    for name, fields in STATED.items():
+        lists.evidence |= dict(zip(fields, nearest[name][:, number(lists.evidence, fields)]))
 
 
 # --- The writer of training data -----------------------------------------------------------------------------------
@@ -310,7 +326,7 @@ def write_scores(train, *others, **kw):
 # equal, and 20 numbers are learned several times faster than 436 brands and 227 paths.
 
 FRESH = "prerank, fresh"
-CACHE = "5"  # to be raised when the meaning of the cached arrays changes
+CACHE = "6"  # to be raised when the meaning of the cached arrays changes
 BRAND_MATCH = ["brand:unknown", "brand:0", "brand:1", "brand:1,last", "brand:2", "brand:2,last", "brand:3+", "brand:3+,last"]
 
 
@@ -348,9 +364,8 @@ def tokenize(lists, items, words, k, width):
     label = np.broadcast_to(LABEL + np.arange(K), (N, K))
     evidence = {name: v[:, :K].astype(np.int64) for name, v in lists.evidence.items()}
     said = {}
-    for name, fields in STATED.items():  # the number of a tuple of values, in the order of beauty_words
-        value = np.ravel_multi_index([evidence[f] for f in fields], [FIELDS[f] for f in fields])
-        said[name] = id_of[f"{name}:{','.join('0' * len(fields))}"] + value
+    for name, fields in STATED.items():
+        said[name] = id_of[f"{name}:{','.join('0' * len(fields))}"] + number(evidence, fields)
     copied = np.stack((said["link"], said["co"]), -1)
     candidates = np.concatenate((label[..., None], shown[:, HIST:], copied), -1)
     prompt = np.concatenate((column(HISTORY), shown[:, :HIST - 1].reshape(N, -1), column(LAST), shown[:, HIST - 1],
@@ -379,7 +394,7 @@ def beauty_world(cfg):
     """Amazon Beauty as a World; prepared once (about a minute) and cached in runs/<config>/world.pt."""
     if cfg.max_list > MAXC or cfg.n_candidates > K:
         raise UserError(f"on Beauty --max_list can be at most {MAXC} and --n_candidates at most {K}")
-    sequences, items, source, n_skipped = read_beauty(cfg.data_dir)
+    sequences, items, source, n_skipped, _ = read_beauty(cfg.data_dir)
     key = repr([CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.max_list, cfg.vary_lists,
                 cfg.n_train, cfg.n_val, cfg.n_test, hashlib.sha256(repr(items).encode() + b"".join(
                     s.tobytes() for s in sequences)).hexdigest()])
@@ -394,7 +409,9 @@ def read_world(cfg, path, key, source):
         saved = load_tensors(path)
         if isinstance(saved, dict) and saved.get("key") == key and saved.get("digest") == digest(saved):
             splits = [Split(*(t.numpy() for t in saved[name])) for name in ("train", "val", "test")]
-            return World(saved["words"], cfg.n_labels, *splits, source, json.loads(saved["notes"]), {FRESH: saved["fresh"].numpy()})
+            nearest = {name: t.numpy() for name, t in zip(STATED, saved["nearest"])}
+            return World(saved["words"], cfg.n_labels, *splits, source, json.loads(saved["notes"]),
+                         {FRESH: saved["fresh"].numpy()}, nearest)
     return None
 
 
@@ -411,9 +428,11 @@ def digest(saved):
 
 def make_world(cfg, path, key, source, sequences, items, n_skipped):
     """The World, prepared, and written to a file."""
-    print("preparing Amazon Beauty: pre-ranker, evidence, trace writer (about a minute, once) ...")
+    print("preparing Amazon Beauty: pre-ranker, evidence, trace writer (about a minute, once) ...", file=sys.stderr)
     train, val, test, fresh = prepare(sequences, items, cfg.hybrid)
-    merge_rare(train, val, test)
+    nearest = rare(train)
+    for lists in (train, val, test):
+        merge_rare(lists, nearest)
     write_scores(train, val, test)
     words, rng = beauty_words(items, cfg.n_labels), np.random.default_rng(11)
     # All examples whose target is in the list (the population that is tested), filled up with others: the writer
@@ -429,8 +448,9 @@ def make_world(cfg, path, key, source, sequences, items, n_skipped):
                                    ("val", val, fixed(val, cfg.n_val)), ("test", test, fixed(test, cfg.n_test))):
         splits[name] = tokenize(lists.take(rows), items, words, k, cfg.max_list)
     fresh = np.pad(fresh[:cfg.n_test, :cfg.n_candidates], ((0, 0), (0, cfg.max_list - cfg.n_candidates)), constant_values=-1)
-    world = World(words, cfg.n_labels, *splits.values(), source, notes, {FRESH: fresh})
+    world = World(words, cfg.n_labels, *splits.values(), source, notes, {FRESH: fresh}, nearest)
     saved = {n: [torch.from_numpy(getattr(s, f)) for f in s.__dataclass_fields__] for n, s in splits.items()}
-    saved |= {"key": key, "words": words, "notes": json.dumps(notes), "fresh": torch.from_numpy(fresh)}
+    saved |= {"key": key, "words": words, "notes": json.dumps(notes), "fresh": torch.from_numpy(fresh),
+              "nearest": [torch.from_numpy(x) for x in nearest.values()]}
     save_atomically(path, lambda p: torch.save(saved | {"digest": digest(saved)}, p))
     return world

@@ -243,10 +243,19 @@ def load_stage(cfg, stage, world, state=None):
     return with_weights(cfg, world, state, checkpoint_path(cfg, stage)), state
 
 
-def finished_stages(cfg, world):
-    """{stage: (model, checkpoint)} of the teacher and of every stage that has finished. UserError without a finished teacher."""
-    states = {stage: read_checkpoint(cfg, stage, world) for stage in STAGES}
+def finished_stages(cfg, world, stages=STAGES):
+    """{stage: (model, checkpoint)} of the stages that have finished. UserError without the teacher, where it is asked for."""
+    states = {stage: read_checkpoint(cfg, stage, world) for stage in stages}
     return {s: load_stage(cfg, s, world, state) for s, state in states.items() if s == "ar" or state and state["finished"]}
+
+
+def last_student(cfg, world):
+    """The last finished stage behind the teacher: its name, and its model in eval mode. UserError if there is none."""
+    found = finished_stages(cfg, world, STAGES[1:])
+    if not found:
+        raise UserError(f"there is no finished student: first run `python train_cft.py --config {cfg.config}`")
+    stage, (model, _) = found.popitem()
+    return stage, model
 
 
 def serve(cfg, model, prompt, max_len, **other):

@@ -119,6 +119,7 @@ class Config:
     show: int = 0                # evaluate: print what the last student wrote for so many test users, instead of the report
     seeds: str = "all"           # evaluate: seeds in the report, comma-separated, or all that finished
     ablate: str = "cft"          # ablations: whose choices, cft or opd
+    requests: str = ""           # rerank: file with a request a line, - for the standard input
     lines: str = "all"           # ablations: names of the lines to run, comma-separated; else all
     beside: str = ""             # evaluate: rows of other reports beside ours: name=folder:stage, comma-separated
 
@@ -138,7 +139,7 @@ PRESETS = {
         rl_lr=1e-4, rl_prompts=16, eval_batch=512, eval_curve_users=1000, eval_taus="0.9,0.95,1.0", tau=0.98, clash=0.1),
 }
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the checkpoint of the one before
-RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "show", "beside", "ablate", "lines", "save_every", "valid_every", "compile", "n_val", "n_test", "tau",
+RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "show", "requests", "beside", "ablate", "lines", "save_every", "valid_every", "compile", "n_val", "n_test", "tau",
            "commit", "clash", "teacher", "init"}  # these change no weight
 
 

@@ -73,6 +73,7 @@ class World:
     source: str         # where the data came from, for the report
     notes: dict         # measured facts about the data: counts, pre-ranker figures
     references: dict = dataclasses.field(default_factory=dict)  # name -> (N, max_list) order of the test candidates, a row beside ours
+    nearest: dict = dataclasses.field(default_factory=dict)     # beauty: how evidence is rounded, see beauty.rare
 
     @property
     def max_response(self):
@@ -204,7 +205,7 @@ def toy_oracle(counts, items, k):
 
 def toy_split(n, k, cfg, rng):
     """n examples with lists of length k (n,), K = cfg.max_list columns."""
-    A, V, H, K, words = TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY, cfg.max_list, toy_words(cfg.n_labels)
+    A, V, H, K = TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY, cfg.max_list
     favourite = rng.integers(V, size=(n, 1, A))
     taken = lambda m: np.where(rng.random((n, m, A)) < TOY_Q, favourite, rng.integers(V, size=(n, m, A)))
     history, items = taken(H), rng.integers(V, size=(n, K, A))
@@ -212,16 +213,21 @@ def toy_split(n, k, cfg, rng):
     prior = np.where(listed, np.exp(-TOY_PRIOR * np.arange(K)), 0)
     target = (rng.random((n, 1)) * prior.sum(1, keepdims=True) > prior.cumsum(1)).sum(1)
     items[np.arange(n), target] = taken(1)[:, 0]
-    counts = (history[..., None] == np.arange(V)).sum(1)  # (n, A, V)
-    score = toy_oracle(counts, items, k)
-    order = np.where(listed, np.argsort(-score, axis=1, kind="stable"), -1)
-
-    attribute = words.index("x0") + np.arange(A) * V
-    column = lambda token: np.full((n, 1), token, np.int16)
     incoming = np.where(listed, np.arange(K), -1)
     if cfg.random_labels:  # of the list's own k labels
         incoming = np.where(listed, np.argsort(np.where(listed, rng.random((n, K)), 2), axis=1), -1)
-        order, target = np.where(listed, np.take_along_axis(incoming, order, 1), -1), incoming[np.arange(n), target]
+    return toy_examples(history, items, incoming, incoming[np.arange(n), target], cfg.n_labels)
+
+
+def toy_examples(history, items, incoming, target, n_labels):
+    """The Split of histories (n, TOY_HISTORY, A) and candidates (n, K, A), values 0 .. V - 1, with the labels incoming (n, K), -1
+    behind a list's end; target (n,): the label of the true next item."""
+    A, V, n, words, listed = TOY_ATTRIBUTES, TOY_VALUES, len(items), toy_words(n_labels), incoming >= 0
+    counts = (history[..., None] == np.arange(V)).sum(1)  # (n, A, V)
+    score = toy_oracle(counts, items, listed.sum(1))
+    order = np.where(listed, np.take_along_axis(incoming, np.argsort(-score, axis=1, kind="stable"), 1), -1)
+    attribute = words.index("x0") + np.arange(A) * V
+    column = lambda token: np.full((n, 1), token, np.int16)
     labels = LABEL + incoming[..., None]
     shown = np.where(listed[..., None], np.concatenate((labels, items + attribute), axis=2), PAD).reshape(n, -1)
     prompt = pack(np.concatenate((column(HISTORY), (history + attribute).reshape(n, -1), column(CANDIDATES), shown), 1), left=True)
@@ -292,9 +298,10 @@ def bad_line(path, number, expected, line):
 
 
 def read_beauty(data_dir):
-    """Returns (sequences: list of (length,) int64 item indices in time order, items: list of (brand, path tuple),
-    source: str, n_skipped: users with fewer than 3 items). Raises UserError for a missing or malformed file."""
-    path, items, index = os.path.join(data_dir, "items.tsv"), [], {}
+    """Returns (sequences: list of (length,) int64 item indices in time order, items: list of (brand, path tuple), source: str,
+    n_skipped: users with fewer than 3 items, names: item id or asin -> item index, to read requests). Raises UserError for a
+    missing or malformed file."""
+    path, items, index, asins = os.path.join(data_dir, "items.tsv"), [], {}, {}
     for number, line in read_lines(path):
         fields = line.split("\t")
         parts = tuple(part.strip() for part in fields[-1].split(" > "))
@@ -306,7 +313,7 @@ def read_beauty(data_dir):
             raise bad_line(path, number, "4 tab-separated fields: item_id (positive), asin, brand, A > B > C", line)
         if fields[0] in index:
             raise UserError(f"{path}, line {number}: item id {fields[0]} is there twice; keep one of the two lines")
-        index[fields[0]] = len(items)
+        index[fields[0]] = asins[fields[1].strip()] = len(items)
         items.append((fields[2].strip(), parts))
 
     path, sequences, users = os.path.join(data_dir, "sequences.txt"), [], set()
@@ -326,7 +333,7 @@ def read_beauty(data_dir):
     if not sequences:
         raise UserError(f"{path} has no user with 3 or more items; pass --data_dir with another folder")
 
-    # Ids leak: numbered by first appearance, they tell which items are bought together. Nothing downstream sees them.
+    # Ids leak: numbered by first appearance, they tell which items are bought together. No model sees them.
     rng = np.random.default_rng(20140)
     order = rng.permutation(len(items))
     rank = np.argsort(order)
@@ -334,12 +341,13 @@ def read_beauty(data_dir):
     source_path, source = os.path.join(data_dir, "source.txt"), "prepared files"
     if os.path.exists(source_path):
         source = next(read_lines(source_path))[1].strip()[:200] or source
-    return sequences, [items[old] for old in order], source, n_skipped
+    names = {name: int(rank[old]) for name, old in {**asins, **index}.items()}
+    return sequences, [items[old] for old in order], source, n_skipped, names
 
 
 def check_counts(data_dir):
     """Raises UserError unless the folder holds as many users, interactions and items as the 2014 release."""
-    sequences, items, _, n_skipped = read_beauty(data_dir)
+    sequences, items, _, n_skipped, _ = read_beauty(data_dir)
     found = (len(sequences) + n_skipped, sum(map(len, sequences)), len(items))
     if found != COUNTS:
         raise UserError(f"found {found} users, interactions and items, not the {COUNTS} of the 2014 release; "
@@ -479,7 +487,7 @@ def main():
             download_raw(args.data_dir)
         if args.download or args.convert:
             convert_raw(args.data_dir, args.data_dir, check_counts)
-        sequences, items, source, n_skipped = read_beauty(args.data_dir)
+        sequences, items, source, n_skipped, _ = read_beauty(args.data_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

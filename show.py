@@ -2,8 +2,7 @@
 import sys
 import textwrap
 
-from common import device_of, finished_stages, serve
-from config import UserError
+from common import device_of, last_student, serve
 from data import ANSWER, CANDIDATES, LABEL, parse_answers, statements, tensors
 from model import EOS, PAD
 
@@ -14,10 +13,7 @@ MARK = "\033[31m✗\033[0m" if sys.stdout.isatty() else "✗"
 def show(cfg, world):
     """Prints the first cfg.show test users: what the prompt shows, what the last finished stage wrote, and what is wrong with it.
     UserError if nothing but the teacher has finished."""
-    stage, (model, _) = finished_stages(cfg, world).popitem()
-    if stage == "ar":
-        raise UserError(f"there is no student to show: first run `python train_cft.py --config {cfg.config}`")
-    split = world.test.take(slice(0, cfg.show))
+    (stage, model), split = last_student(cfg, world), world.test.take(slice(0, cfg.show))
     prompt, _ = tensors(split, range(len(split)), device_of(cfg))
     decoded = serve(cfg, model, prompt, world.max_response)
     tokens, step = decoded.tokens.cpu().numpy(), decoded.commit_step.cpu().numpy()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import beauty
-from beauty import FIELDS, FOLDS, STATED, Counts, Lists, link_pairs, merge_rare, prepare
+from beauty import FIELDS, FOLDS, STATED, Counts, Lists, link_pairs, merge_rare, prepare, rare
 from data import read_beauty
 from make_beauty import make_beauty
 
@@ -14,7 +14,7 @@ K, MAXC, HIST = beauty.K, beauty.MAXC, beauty.HIST
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("beauty")
     make_beauty(folder, n_users=120)
-    seqs, items, _, _ = read_beauty(str(folder))
+    seqs, items, *_ = read_beauty(str(folder))
     return seqs, items, prepare(seqs, items)
 
 
@@ -95,7 +95,9 @@ def test_rare_combinations_become_their_nearest_frequent_neighbours():
     train.evidence["link"][:20], train.evidence["via"][:20] = 0, 5
     train.evidence["link"][0, 0], train.evidence["via"][0, 0] = 7, 2  # once: rare
     before = {f: v.copy() for f, v in train.evidence.items()}
-    merge_rare(train, other)
+    nearest = rare(train)
+    for part in (train, other):
+        merge_rare(part, nearest)
     assert set(zip(train.evidence["link"].ravel(), train.evidence["via"].ravel())) == {(6, 1), (0, 5)}
     assert (train.evidence["link"][0, 0], train.evidence["via"][0, 0]) == (6, 1)
     pairs = np.stack((other.evidence["link"], other.evidence["via"]))

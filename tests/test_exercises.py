@@ -19,7 +19,7 @@ import torch
 
 import sampler
 import train_rl
-from conftest import close, left_padded, tiny_gpt, words
+from conftest import left_padded, tiny_gpt, words
 from common import load_tensors
 from config import Config, UserError, parse_args
 from data import load_world

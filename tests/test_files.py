@@ -62,12 +62,14 @@ def error_of(function, *args):
 # --- prepared files
 
 def test_read(tmp_path):
-    sequences, items, source, n_skipped = data.read_beauty(prepared(tmp_path))
+    sequences, items, source, n_skipped, names = data.read_beauty(prepared(tmp_path))
     assert source == "prepared files" and n_skipped == 1 and len(items) == 4
     assert all(s.dtype == np.int64 for s in sequences)
     named = sorted([items[i] for i in s] for s in sequences)
     a, b, c, d = ("OPI", ("Makeup", "Nails")), ("", ("Skin Care",)), ("OPI", ("Skin Care", "Face")), ("", ("X",))
     assert named == sorted([[a, b, c], [d, c, b, a]])
+    assert names.keys() == {"1", "2", "3", "4", "A1", "A2", "A3", "A4"} and all(names[i] == names["A" + i] for i in "1234")
+    assert [items[names[i]] for i in "1234"] == [a, b, c, d]
     again = data.read_beauty(str(tmp_path))
     assert again[1] == items and all(np.array_equal(x, y) for x, y in zip(again[0], sequences))
     (tmp_path / "source.txt").write_text("converted from X\n")
@@ -78,7 +80,7 @@ def test_read_hides_the_id_order(tmp_path):
     n = 300
     items = "".join(f"{i}\tA{i}\tB{i}\tC\n" for i in range(1, n + 1))
     sequences = "".join(f"{u} {u} {u + 1} {u + 2}\n" for u in range(1, n - 1))
-    sequences, items, _, _ = data.read_beauty(prepared(tmp_path, "\t".join(data.HEADER) + "\n" + items, sequences))
+    sequences, items, *_ = data.read_beauty(prepared(tmp_path, "\t".join(data.HEADER) + "\n" + items, sequences))
     old = np.array([int(brand[1:]) for brand, _ in items])
     assert sorted(old) == list(range(1, n + 1))
     first = np.array([old[s[0]] for s in sequences])
@@ -129,7 +131,7 @@ def test_convert(tmp_path):
     assert lines[0] == "item_id\tasin\tbrand\tcategories" and lines[1] == "1\tA4\t\tMakeup > Deep"
     assert read(tmp_path / "out", "source.txt") == f"converted from {REVIEWS} and {META}\n"
     assert sorted(os.listdir(tmp_path / "out")) == ["items.tsv", "sequences.txt", "source.txt"]
-    sequences, items, source, n_skipped = data.read_beauty(str(tmp_path / "out"))
+    sequences, items, source, n_skipped, _ = data.read_beauty(str(tmp_path / "out"))
     assert len(sequences) == 5 and len(items) == 5 and source.startswith("converted from") and n_skipped == 0
 
 
