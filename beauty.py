@@ -15,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from amazon import read_beauty
 from common import first_process_first, load_tensors, save_atomically
 from config import UserError, folder
-from data import (CANDIDATES, HISTORY, LABEL, LAST, PROFILE, SPECIAL, Split, World, list_lengths, pack,
-                  read_beauty)
+from data import (CANDIDATES, HISTORY, LABEL, LAST, PROFILE, SPECIAL, Split, World, list_lengths, pack)
 from model import PAD
 
 K, MAXC, HIST = 10, 12, 8       # candidates evaluated, candidates kept for training lists, history items shown

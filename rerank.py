@@ -23,9 +23,10 @@ import sys
 
 import numpy as np
 
+from amazon import read_beauty
 from common import device_of, last_student, script, serve
 from config import UserError
-from data import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_VALUES, faithfulness, load_world, parse_answers, read_beauty, statements,
+from data import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_VALUES, faithfulness, load_world, parse_answers, statements,
                   tensors, toy_examples)
 from model import PAD
 

@@ -4,7 +4,7 @@ import pytest
 
 import beauty
 from beauty import FIELDS, FOLDS, STATED, Counts, Lists, link_pairs, merge_rare, prepare, rare
-from data import read_beauty
+from amazon import read_beauty
 from make_beauty import make_beauty
 
 K, MAXC, HIST = beauty.K, beauty.MAXC, beauty.HIST

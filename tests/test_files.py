@@ -10,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-import data
+import amazon
 from config import UserError
 
-REVIEWS, META = data.RAW_LIMITS
+REVIEWS, META = amazon.RAW_LIMITS
 ITEMS = "item_id\tasin\tbrand\tcategories\n" \
         "1\tA1\tOPI\tMakeup > Nails\n2\tA2\t\tSkin Care\n3\tA3\tOPI\tSkin Care > Face\n4\tA4\t\tX\n"
 SEQUENCES = "1 1 2 3\n2 4 3 2 1\n3 1 4\n"
@@ -62,7 +62,7 @@ def error_of(function, *args):
 # --- prepared files
 
 def test_read(tmp_path):
-    sequences, items, source, n_skipped, names = data.read_beauty(prepared(tmp_path))
+    sequences, items, source, n_skipped, names = amazon.read_beauty(prepared(tmp_path))
     assert source == "prepared files" and n_skipped == 1 and len(items) == 4
     assert all(s.dtype == np.int64 for s in sequences)
     named = sorted([items[i] for i in s] for s in sequences)
@@ -70,17 +70,17 @@ def test_read(tmp_path):
     assert named == sorted([[a, b, c], [d, c, b, a]])
     assert names.keys() == {"1", "2", "3", "4", "A1", "A2", "A3", "A4"} and all(names[i] == names["A" + i] for i in "1234")
     assert [items[names[i]] for i in "1234"] == [a, b, c, d]
-    again = data.read_beauty(str(tmp_path))
+    again = amazon.read_beauty(str(tmp_path))
     assert again[1] == items and all(np.array_equal(x, y) for x, y in zip(again[0], sequences))
     (tmp_path / "source.txt").write_text("converted from X\n")
-    assert data.read_beauty(str(tmp_path))[2] == "converted from X"
+    assert amazon.read_beauty(str(tmp_path))[2] == "converted from X"
 
 
 def test_read_hides_the_id_order(tmp_path):
     n = 300
     items = "".join(f"{i}\tA{i}\tB{i}\tC\n" for i in range(1, n + 1))
     sequences = "".join(f"{u} {u} {u + 1} {u + 2}\n" for u in range(1, n - 1))
-    sequences, items, *_ = data.read_beauty(prepared(tmp_path, "\t".join(data.HEADER) + "\n" + items, sequences))
+    sequences, items, *_ = amazon.read_beauty(prepared(tmp_path, "\t".join(amazon.HEADER) + "\n" + items, sequences))
     old = np.array([int(brand[1:]) for brand, _ in items])
     assert sorted(old) == list(range(1, n + 1))
     first = np.array([old[s[0]] for s in sequences])
@@ -113,31 +113,31 @@ def test_read_hides_the_id_order(tmp_path):
     (ITEMS, "1 1 2\n", "sequences.txt has no user with 3 or more items"),
 ])
 def test_bad_prepared_files_are_named(tmp_path, items, sequences, expected):
-    assert expected in error_of(data.read_beauty, prepared(tmp_path / "d", items, sequences))
+    assert expected in error_of(amazon.read_beauty, prepared(tmp_path / "d", items, sequences))
 
 
 def test_missing_folder(tmp_path):
-    message = error_of(data.read_beauty, str(tmp_path / "none"))
+    message = error_of(amazon.read_beauty, str(tmp_path / "none"))
     assert "there is no folder" in message and "--data_dir" in message and "--download" in message
 
 
 # --- raw files
 
 def test_convert(tmp_path):
-    data.convert_raw(small_raw(tmp_path / "raw"), str(tmp_path / "out"))
+    amazon.convert_raw(small_raw(tmp_path / "raw"), str(tmp_path / "out"))
     # Users read A4 first (time 96), so it is item 1; its brand and the part Odd are rare, and rare parts are left out.
     assert read(tmp_path / "out", "sequences.txt") == "".join(f"{u} 1 2 3 4 5\n" for u in range(1, 6))
     lines = read(tmp_path / "out", "items.tsv").splitlines()
     assert lines[0] == "item_id\tasin\tbrand\tcategories" and lines[1] == "1\tA4\t\tMakeup > Deep"
     assert read(tmp_path / "out", "source.txt") == f"converted from {REVIEWS} and {META}\n"
     assert sorted(os.listdir(tmp_path / "out")) == ["items.tsv", "sequences.txt", "source.txt"]
-    sequences, items, source, n_skipped, _ = data.read_beauty(str(tmp_path / "out"))
+    sequences, items, source, n_skipped, _ = amazon.read_beauty(str(tmp_path / "out"))
     assert len(sequences) == 5 and len(items) == 5 and source.startswith("converted from") and n_skipped == 0
 
 
 def test_convert_keeps_ties_in_file_order_and_users_by_appearance(tmp_path):
     reviews = [review("Z", "C", 5), review("A", "D", 1), review("Z", "B", 5), review("Z", "A", 1), review("A", "B", 1)]
-    data.convert_raw(raw(tmp_path / "raw", reviews, ["{'asin': 'Q'}"]), str(tmp_path))
+    amazon.convert_raw(raw(tmp_path / "raw", reviews, ["{'asin': 'Q'}"]), str(tmp_path))
     assert read(tmp_path, "sequences.txt") == "1 1 2 3\n2 4 3\n"  # Z: A, then C before B as in the file; then A
     assert read(tmp_path, "items.tsv").splitlines()[1:] == [f"{i}\t{a}\t\tUnknown" for i, a in enumerate("ACBD", 1)]
 
@@ -148,7 +148,7 @@ def test_convert_attributes(tmp_path):
     metas = [{"asin": a, "brand": " Dolce &amp;\tGab\nbana ", "categories": two} for a in asins[:5]]
     metas += [{"asin": "A5", "brand": "Luggage", "categories": [["Beauty"]]}]  # its name is common as a category
     out = tmp_path / "out"
-    data.convert_raw(raw(tmp_path / "raw", [review("U", a, 1) for a in asins], map(repr, metas)), str(out))
+    amazon.convert_raw(raw(tmp_path / "raw", [review("U", a, 1) for a in asins], map(repr, metas)), str(out))
     rows = [line.split("\t") for line in read(out, "items.tsv").splitlines()[1:]]
     assert rows[0] == ["1", "A0", "Dolce & Gab bana", "Tools > Bags > Luggage"]
     assert rows[5] == ["6", "A5", "Luggage", "Unknown"]
@@ -157,7 +157,7 @@ def test_convert_attributes(tmp_path):
 def test_convert_drops_what_is_seen_4_times(tmp_path):
     asins = [f"A{i}" for i in range(4)]
     metas = [repr({"asin": a, "brand": "B", "categories": [["Beauty", "M"]]}) for a in asins]
-    data.convert_raw(raw(tmp_path / "raw", [review("U", a, 1) for a in asins], metas), str(tmp_path))
+    amazon.convert_raw(raw(tmp_path / "raw", [review("U", a, 1) for a in asins], metas), str(tmp_path))
     assert all(line.endswith("\t\tUnknown") for line in read(tmp_path, "items.tsv").splitlines()[1:])
 
 
@@ -171,7 +171,7 @@ EVIL = "__import__('os').system('touch {}')"
 def test_bad_meta_line_is_named_and_never_run(tmp_path, line):
     proof = tmp_path / "proof"
     prepared(tmp_path / "out")
-    message = error_of(data.convert_raw, small_raw(tmp_path / "raw", [line.format(proof)]), str(tmp_path / "out"))
+    message = error_of(amazon.convert_raw, small_raw(tmp_path / "raw", [line.format(proof)]), str(tmp_path / "out"))
     assert f"{META}, line 7: expected a Python literal" in message and not proof.exists()
     assert read(tmp_path / "out", "items.tsv") == ITEMS and len(os.listdir(tmp_path / "out")) == 2
 
@@ -179,7 +179,7 @@ def test_bad_meta_line_is_named_and_never_run(tmp_path, line):
 @pytest.mark.parametrize("line", ["{", "[]", "7", "", '{"reviewerID": "U", "asin": "A1"}', review("U", "A\t1", 3),
                                   review("U 1", "A1", 3), review("U", "A1", "3"), review("U", None, 3), "[" * 10**5])
 def test_bad_review_line_is_named(tmp_path, line):
-    message = error_of(data.convert_raw, raw(tmp_path, [review("U", "A1", 1), line], []), str(tmp_path / "out"))
+    message = error_of(amazon.convert_raw, raw(tmp_path, [review("U", "A1", 1), line], []), str(tmp_path / "out"))
     assert f"{REVIEWS}, line 2: expected a JSON object" in message and not (tmp_path / "out").exists()
 
 
@@ -192,26 +192,26 @@ def test_damaged_gzip(tmp_path, name, monkeypatch):
                               (whole[:30] + b"\xff" * 20 + whole[50:], "cut off"), (b"", "is empty"),
                               (None, "is missing")):
         path.unlink() if content is None else path.write_bytes(content)
-        message = error_of(data.convert_raw, folder, out)
+        message = error_of(amazon.convert_raw, folder, out)
         assert name in message and expected in message and "--convert" in message
     path.write_bytes(whole)
-    monkeypatch.setattr(data, "MAX_BYTES", 100)
-    assert re.search(f"{REVIEWS}, line 2: over", error_of(data.convert_raw, folder, out))
+    monkeypatch.setattr(amazon, "MAX_BYTES", 100)
+    assert re.search(f"{REVIEWS}, line 2: over", error_of(amazon.convert_raw, folder, out))
     assert read(tmp_path / "out", "items.tsv") == ITEMS
 
 
 def test_a_failed_check_or_write_leaves_the_old_files(tmp_path, monkeypatch):
     folder, out = small_raw(tmp_path / "raw"), prepared(tmp_path / "out")
-    message = error_of(data.convert_raw, folder, out, data.check_counts)
+    message = error_of(amazon.convert_raw, folder, out, amazon.check_counts)
     assert "(5, 25, 5)" in message and "(22363, 198502, 12101)" in message
-    monkeypatch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    assert "disk full" in error_of(data.convert_raw, folder, out)
+    monkeypatch.setattr(amazon.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert "disk full" in error_of(amazon.convert_raw, folder, out)
     assert sorted(os.listdir(out)) == ["items.tsv", "sequences.txt"] and read(tmp_path / "out", "items.tsv") == ITEMS
 
 
 def test_check_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "COUNTS", (2, 7, 4))
-    data.check_counts(prepared(tmp_path, sequences=SEQUENCES[:-6]))
+    monkeypatch.setattr(amazon, "COUNTS", (2, 7, 4))
+    amazon.check_counts(prepared(tmp_path, sequences=SEQUENCES[:-6]))
 
 
 # --- download
@@ -247,8 +247,8 @@ def server(monkeypatch):
     server.requests = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(data, "BASE_URL", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setattr(data, "RAW_LIMITS", {REVIEWS: 400_000})
+    monkeypatch.setattr(amazon, "BASE_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(amazon, "RAW_LIMITS", {REVIEWS: 400_000})
     yield server
     server.shutdown()
     server.server_close()
@@ -257,8 +257,8 @@ def server(monkeypatch):
 @pytest.mark.parametrize("length", [True, False])
 def test_download(tmp_path, server, length):
     server.length = length
-    data.download_raw(str(tmp_path / "new"))
-    data.download_raw(str(tmp_path / "new"))  # there already: no request
+    amazon.download_raw(str(tmp_path / "new"))
+    amazon.download_raw(str(tmp_path / "new"))  # there already: no request
     assert (tmp_path / "new" / REVIEWS).read_bytes() == server.content and server.requests == [0]
     assert os.listdir(tmp_path / "new") == [REVIEWS]
 
@@ -266,55 +266,55 @@ def test_download(tmp_path, server, length):
 @pytest.mark.parametrize("ranges", [True, False])
 def test_download_goes_on_after_a_cut(tmp_path, server, ranges):
     server.ranges, server.cut = ranges, 100_000
-    message = error_of(data.download_raw, str(tmp_path))
+    message = error_of(amazon.download_raw, str(tmp_path))
     assert "100000 of 300000" in message and "by hand" in message and "--convert" in message
-    assert data.BASE_URL in message
+    assert amazon.BASE_URL in message
     assert os.listdir(tmp_path) == [REVIEWS + ".part"]
     server.cut = 0
-    data.download_raw(str(tmp_path))
+    amazon.download_raw(str(tmp_path))
     assert (tmp_path / REVIEWS).read_bytes() == server.content and server.requests == [0, 100_000]
 
 
 def test_download_with_a_part_that_is_too_long_starts_again(tmp_path, server):
     (tmp_path / (REVIEWS + ".part")).write_bytes(b"x" * 300_000)
-    data.download_raw(str(tmp_path))
+    amazon.download_raw(str(tmp_path))
     assert (tmp_path / REVIEWS).read_bytes() == server.content and server.requests == [300_000, 0]
 
 
 def test_download_refuses_another_range(tmp_path, server):
     (tmp_path / (REVIEWS + ".part")).write_bytes(server.content[:10])
     server.shift = 5
-    assert "unexpected answer 206" in error_of(data.download_raw, str(tmp_path))
+    assert "unexpected answer 206" in error_of(amazon.download_raw, str(tmp_path))
 
 
 @pytest.mark.parametrize("length", [True, False])
 def test_download_size_limit(tmp_path, server, monkeypatch, length):
     server.length = length
-    monkeypatch.setattr(data, "RAW_LIMITS", {REVIEWS: 200_000})
-    assert "larger than the 200000 bytes" in error_of(data.download_raw, str(tmp_path))
+    monkeypatch.setattr(amazon, "RAW_LIMITS", {REVIEWS: 200_000})
+    assert "larger than the 200000 bytes" in error_of(amazon.download_raw, str(tmp_path))
     assert os.listdir(tmp_path) == []
 
 
 def test_download_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(data, "BASE_URL", "http://127.0.0.1:9/")
-    assert "by hand" in error_of(data.download_raw, str(tmp_path), 2)
+    monkeypatch.setattr(amazon, "BASE_URL", "http://127.0.0.1:9/")
+    assert "by hand" in error_of(amazon.download_raw, str(tmp_path), 2)
 
 
 # --- command line
 
 def test_main(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["data.py", "--data_dir", prepared(tmp_path)])
-    data.main()
+    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", prepared(tmp_path)])
+    amazon.main()
     assert "2 users, 7 interactions, 4 items; 1 users" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["data.py", "--data_dir", str(tmp_path), "--convert"])
+    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", str(tmp_path), "--convert"])
     with pytest.raises(SystemExit) as info:
-        data.main()
+        amazon.main()
     assert info.value.code == 2 and REVIEWS in capsys.readouterr().err
 
 
 def test_main_convert(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "COUNTS", (5, 25, 5))
-    monkeypatch.setattr(sys, "argv", ["data.py", "--data_dir", small_raw(tmp_path), "--convert"])
-    data.main()
+    monkeypatch.setattr(amazon, "COUNTS", (5, 25, 5))
+    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", small_raw(tmp_path), "--convert"])
+    amazon.main()
     assert "5 users, 25 interactions, 5 items" in capsys.readouterr().out

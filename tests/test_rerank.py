@@ -10,7 +10,8 @@ import common
 import rerank
 from beauty import prepare
 from config import STAGES, parse_args, steps_of
-from data import CANDIDATES, LABEL, load_world, read_beauty
+from amazon import read_beauty
+from data import CANDIDATES, LABEL, load_world
 from make_beauty import make_beauty
 from model import EOS, PAD
 from test_recipe import TINY as RECIPE, refused

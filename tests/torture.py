@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 import conftest  # noqa: F401  (sets the path to the modules)
+import amazon
 import beauty
 import common
-import data
 import train_cft
 from config import UserError, parse_args
+from data import load_world
 from make_beauty import make_beauty
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -132,7 +133,7 @@ def fuzz(n, folder, seed=0, say=print):
     make_beauty(raw, n_users=60, n_items=60)
     toy = parse_args("", [*TINY, "--run_dir", folder, "--max_steps", "2"])
     small = parse_args("", [*TINY, "--config", "small", "--data_dir", raw, "--run_dir", folder, "--n_labels", "20", "--n_train", "64"])
-    world = data.load_world(toy)
+    world = load_world(toy)
     common.Run(toy, "ar", common.new_model(toy, world), world)._save(1)  # half-way: the optimiser is read too
     unfinished = open(common.checkpoint_path(toy, "ar"), "rb").read()
     run = common.Run(toy, "ar", common.new_model(toy, world), world)
@@ -148,8 +149,8 @@ def fuzz(n, folder, seed=0, say=print):
     beauty.beauty_world(small)
     outputs, cache = (os.path.join(folder, *p) for p in (("toy", "seed0", "ar", "outputs.pt"), ("small", "world.pt")))
     loaders = {
-        os.path.join(raw, "items.tsv"): lambda: data.read_beauty(raw),
-        os.path.join(raw, "sequences.txt"): lambda: data.read_beauty(raw),
+        os.path.join(raw, "items.tsv"): lambda: amazon.read_beauty(raw),
+        os.path.join(raw, "sequences.txt"): lambda: amazon.read_beauty(raw),
         common.checkpoint_path(toy, "ar"): lambda: (common.Run(toy, "ar", common.new_model(toy, world), world), common.load_stage(toy, "ar", world)),
         outputs: lambda: train_cft.teacher_outputs(toy, world, model),
         cache: lambda: beauty.read_world(small, cache, key, "prepared files"),
