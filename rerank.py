@@ -88,7 +88,8 @@ def toy(cfg, world):
 
 def beauty(cfg, world):
     """The same on Beauty. The evidence is that of test users: it counts all but the last item of every sequence of the data."""
-    from beauty import MAXC, Counts, attributes, make_lists, merge_rare, tokenize
+    from beauty import make_lists, merge_rare, tokenize
+    from prerank import MAXC, Counts, attributes
     sequences, items, _, _, names = read_beauty(cfg.data_dir)
     counts = Counts(sequences, len(items) + (not cfg.hybrid), 1)  # the last row is that of all items the data does not know
     categories = {path[:2] for _, path in items}

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 import beauty
-from beauty import FIELDS, FOLDS, STATED, Counts, Lists, link_pairs, merge_rare, prepare, rare
+from beauty import FIELDS, STATED, Lists, merge_rare, prepare, rare
 from amazon import read_beauty
 from make_beauty import make_beauty
+from prerank import FOLDS, Counts, link_pairs
 
 K, MAXC, HIST = beauty.K, beauty.MAXC, beauty.HIST
 
