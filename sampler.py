@@ -37,13 +37,14 @@ class Decoded:
 def choose(logp, open_, forced, rule, tau, clash=0.4):
     """Which open slots to commit now: logp (N, B, V) log-probabilities, open_, forced (N, B) -> bool (N, B).
 
-    threshold: every slot with confidence max p > tau. independent: the same, and where no slot is that sure, every slot that is
-    surer than all those that want the same token, or with which it would collide with probability sum_v p_i(v) p_j(v) > clash;
-    drawn apart, such slots are what duplicates come from, and slots that want different tokens may as well go together. factor: the
-    n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM, arXiv 2505.22618, sec. 3.3). steps: the ceil(B / tau) most confident, so that a block takes about tau steps whatever the
-    confidence. Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step
-    makes progress. The choice depends on the distributions only, not on the tokens drawn from them: given the state it is no
-    random event.
+        threshold    every slot with confidence c = max p > tau
+        independent  the same; and where no slot is that sure, every slot that is surer than all those that want the same token, or
+                     with which it would collide with probability sum_v p_i(v) p_j(v) > clash: drawn apart, such slots are what
+                     duplicates come from, and slots that want different tokens may as well go together
+        factor       the n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM, arXiv 2505.22618, sec. 3.3)
+        steps        the ceil(B / tau) most confident: a block takes about tau steps whatever the confidence
+    Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step makes progress. The
+    choice depends on the distributions only, not on the tokens drawn from them: given the state it is no random event.
     """
     confidence = torch.where(open_, logp.amax(-1).exp(), -1.0)
     B, place = logp.shape[1], torch.arange(logp.shape[1], device=logp.device)
