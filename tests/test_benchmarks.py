@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import left_padded, tiny_gpt, words
+from conftest import close, left_padded, tiny_gpt, words
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks"))
 import peers  # noqa: E402
@@ -13,7 +13,7 @@ import speed  # noqa: E402
 from config import parse_args  # noqa: E402
 from data import ANSWER, LABEL, PROFILE  # noqa: E402
 from diffusion import block_decode  # noqa: E402
-from model import EOS, PAD, ar_decode  # noqa: E402
+from model import EOS, PAD, ar_decode, causal_hidden  # noqa: E402
 
 LABELS = 4
 E = LABEL + LABELS  # the first token that is neither a template word nor a label
@@ -111,6 +111,9 @@ def test_a_difference_is_measured_where_two_texts_part():
 def test_transformers_writes_the_same_tokens_with_our_weights(seed):
     model, prompt = tiny_gpt(seed, dtype=torch.float32), left_padded([4, 9, 6])
     hf, text = peers.arcee(model), ar_decode(model, prompt, 16)[0]
+    whole = torch.cat((prompt, text), dim=1)[1:2, :-1]
+    with torch.no_grad():
+        close(hf(whole).logits[:, -16:, EOS:], model.logits(causal_hidden(model, prompt[1:2], text[1:2]))[..., EOS:], atol=1e-4)
     for cache in (None, "static"):
         assert torch.equal(peers.generate(hf, prompt, 16, cache), text)
     assert torch.equal(peers.generate(hf, prompt[1:2], 16, guess=4), text[1:2])
