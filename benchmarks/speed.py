@@ -150,16 +150,22 @@ def scaled(cfg, world, batch, length, per_forward):
             "rounds": len(taken["ar"])}
 
 
-def fit(points):
-    """Least squares of seconds = a + b width batch, each point in units of itself: [(width, batch, seconds)] -> a, b."""
+def fit(points, rows=False):
+    """Least squares of seconds = a + b width batch (+ c batch with rows: each row reads its own keys, however few ask), every point
+    in units of itself: [(width, batch, seconds)] -> [a, b] or [a, b, c]."""
     w, n, t = np.array(points, float).T
-    (a, b), *_ = np.linalg.lstsq(np.stack((1 / t, w * n / t), axis=1), np.ones(len(t)), rcond=None)
-    return float(a), float(b)
+    columns = (1 / t, w * n / t, n / t)[:3 if rows else 2]
+    return np.linalg.lstsq(np.stack(columns, axis=1), np.ones(len(t)), rcond=None)[0].tolist()
 
 
-def predicted(a, b, B, P, batch, length, per_forward):
+def forward_cost(of, width, batch):
+    """Seconds of a forward by the cost model `of`, [a, b] or [a, b, c]."""
+    return float(np.dot(of, (1, width * batch, batch)[:len(of)]))
+
+
+def predicted(of, B, P, batch, length, per_forward):
     """Speed-up by the cost model alone, with the widths of `efficiency`."""
-    t, F, blocks = lambda width: a + b * width * batch, length / per_forward, math.ceil(length / B)
+    t, F, blocks = lambda width: forward_cost(of, width, batch), length / per_forward, math.ceil(length / B)
     return (t(P) + (length - 1) * t(1)) / (t(P + B) + (blocks - 1) * t(2 * B) + max(0, F - blocks) * t(B))
 
 
@@ -178,19 +184,21 @@ def curves(cfg, world, teacher, student, count):
     for batch in BATCHES:
         t = forward_seconds(cfg, model, batch, sorted({1, max(1, B // 2), B, 2 * B}), P + B + length, cfg.eval_speed_seconds / 2)
         points += [(w, batch, s) for w, s in t.items()]
-    a, b = fit(points)
+    two, three = fit(points), fit(points, rows=True)
     for name, grid in (("length", [(1, n) for n in LENGTHS]), ("batch", [(n, length) for n in BATCHES])):
         for batch, n in grid:
-            out.append({"against": name, **scaled(cfg, world, batch, n, f), "tokens_per_forward": f, "model": predicted(a, b, B, P, batch, n, f)})
+            out.append({"against": name, **scaled(cfg, world, batch, n, f), "tokens_per_forward": f, "model": predicted(two, B, P, batch, n, f),
+                        "model_rows": predicted(three, B, P, batch, n, f)})
     for change in [{"block_size": n} for n in sorted({*BLOCKS, B})] + [{"tau": t} for t in map(float, cfg.eval_taus.split(",")) if t != cfg.tau]:
         there = dataclasses.replace(cfg, **change)
         taken, _ = clock(cfg, world, 2.0)(decoders(there, world, teacher, student), 1)
         out.append({"against": next(iter(change)), "block_size": there.block_size, "tau": there.tau, "speedup": ratio(taken, "ar", "student"),
                     "batch": 1, **counts(there, world, student, cfg.eval_curve_users)})
     on = lambda key: [(c["batch"], c[key]) for c in out if c["against"] == "batch"]
-    error = [abs(a + b * w * n - t) / t for w, n, t in points]
-    cost = {"a_ms": 1000 * a, "b_us": 1e6 * b, "median_error": float(np.median(error)), "length": length, "prompt": P,
-            "crossover_batch": crossover(on("speedup")), "crossover_batch_model": crossover(on("model")),
+    error = lambda of: float(np.median([abs(forward_cost(of, w, n) / t - 1) for w, n, t in points]))
+    model = lambda of: {"a_ms": 1000 * of[0]} | {f"{name}_us": 1e6 * v for name, v in zip("bc", of[1:])} | {"median_error": error(of)}
+    cost = {**model(two), "rows": model(three), "length": length, "prompt": P, "crossover_batch": crossover(on("speedup")),
+            "crossover_batch_model": crossover(on("model")), "crossover_batch_model_rows": crossover(on("model_rows")),
             "forwards": [{"width": w, "batch": n, "ms": 1000 * t} for w, n, t in points]}
     return out, cost
 
@@ -291,8 +299,10 @@ def markdown(run, lines):
         table(("ms a response, batch 1", "p50", "p95"), [(name, t["p50"], t["p95"]) for name, t in run["latency_ms"].items()]),
         table(("ours", "peer", "time, ours / peer", "identical responses", "differ, by round-off"), compared), *(f"Not measured: {reason}.\n" for reason in run["missing"]),
         f"Random weights, {run['tokens_per_forward']:.2f} tokens a forward. Model: {cost['a_ms']:.3f} ms + {cost['b_us']:.2f} µs × width × batch, median error "
-        f"{percent(cost['median_error'])}. The speed-up falls below 1 at batch {short(cost['crossover_batch'])} (model: {short(cost['crossover_batch_model'])}).\n",
-        table(("against", "batch", "length", "× AR", "model"), [[c[k] for k in ("against", "batch", "length", "speedup", "model")] for c in lines if "model" in c]),
+        f"{percent(cost['median_error'])}; with rows, {cost['rows']['a_ms']:.3f} ms + {cost['rows']['b_us']:.2f} µs × width × batch + {cost['rows']['c_us']:.2f} µs × batch, "
+        f"median error {percent(cost['rows']['median_error'])}. The speed-up falls below 1 at batch {short(cost['crossover_batch'])} (model: "
+        f"{short(cost['crossover_batch_model'])}; with rows: {short(cost['crossover_batch_model_rows'])}).\n",
+        table(("against", "batch", "length", "× AR", "model", "with rows"), [[c[k] for k in ("against", "batch", "length", "speedup", "model", "model_rows")] for c in lines if "model" in c]),
         f"The real student, batch 1; counts of the first {lines[-1]['n_users']} users.\n",
         table(("block size", "tau", "× AR", "tokens a forward", "valid"),
               [(c["block_size"], str(c["tau"]), c["speedup"], c["tokens_per_forward"], percent(c["valid"])) for c in lines if "valid" in c])))
@@ -308,6 +318,7 @@ def figure(run, lines, path):
         found = [c for c in lines if c["against"] == name]
         ax.plot([c[name] for c in found], [c["speedup"] for c in found], "o-", label="random weights, measured")
         ax.plot([c[name] for c in found], [c["model"] for c in found], "k--", label="cost model: a + b × width × batch")
+        ax.plot([c[name] for c in found], [c["model_rows"] for c in found], "k:", label="… + c × batch")
         ax.set(xscale="log", xlabel=label, ylabel="× AR", title=f"speed-up at {run['tokens_per_forward']:.1f} tokens a forward")
         ax.set_xticks([c[name] for c in found], [c[name] for c in found])
         ax.minorticks_off()

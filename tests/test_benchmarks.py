@@ -50,10 +50,11 @@ def test_evidence_is_what_stands_in_the_trace_beside_labels_and_template():
 
 
 def test_the_cost_model_is_fitted_and_crosses_where_it_should():
-    a, b = speed.fit([(w, n, 2e-3 + 1e-6 * w * n) for w in (1, 8, 16) for n in (1, 64)])
-    assert (a, b) == (pytest.approx(2e-3), pytest.approx(1e-6))
-    assert speed.predicted(1.0, 0.0, 16, 50, 1, 64, 8) == pytest.approx(8)          # width is free: tokens a forward
-    assert speed.predicted(0.0, 1.0, 16, 0, 1, 64, 4) == pytest.approx(63 / (16 + 3 * 32 + 12 * 16))
+    grid = [(w, n) for w in (1, 8, 16) for n in (1, 64)]
+    assert speed.fit([(w, n, 2e-3 + 1e-6 * w * n) for w, n in grid]) == pytest.approx([2e-3, 1e-6])
+    assert speed.fit([(w, n, 2e-3 + 1e-6 * w * n + 5e-6 * n) for w, n in grid], rows=True) == pytest.approx([2e-3, 1e-6, 5e-6])
+    assert speed.predicted([1.0, 0.0], 16, 50, 1, 64, 8) == pytest.approx(8)          # width is free: tokens a forward
+    assert speed.predicted([0.0, 1.0], 16, 0, 1, 64, 4) == pytest.approx(63 / (16 + 3 * 32 + 12 * 16))
     assert speed.crossover([(1, 2.0), (4, 2.0), (16, 0.5)]) == pytest.approx(8)
     assert speed.crossover([(1, 2.0), (4, 1.5)]) is None
 
@@ -79,7 +80,7 @@ def test_the_curves_never_end_and_take_the_number_of_forwards_asked_for():
     assert point["steps"] == [2, 3] and point["forwards"] == [8, 12] and point["speedup"] > 0
 
 
-def measured(prompt, rounds=1):
+def measured(prompt):
     """What speed.clock gives, on one prompt."""
     def measure(jobs, batch):
         taken, texts = speed.in_turn({name: lambda i, f=f: f(prompt[:batch]) for name, f in jobs.items()}, 0.0)
