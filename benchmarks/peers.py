@@ -1,0 +1,215 @@
+"""Peers of our decoders, with our weights: `generate` and prompt lookup of transformers, the block sampler of diffusers.
+
+Nothing here is needed to train or evaluate. What is not installed is left out, with the reason (`missing`): pip install
+transformers diffusers. Every decoder is prompt (N, P), left-padded -> tokens (N, R), [PAD] after the first [EOS].
+"""
+import copy
+import importlib
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+
+from diffusion import block_decode
+from model import EOS, MASK, PAD, KVCache, ar_decode, causal_hidden
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: the weights are ours
+GUESSES = (4, 10)  # tokens that prompt lookup guesses at once
+TIE = 1e-4  # nats: two tokens that are closer are told apart by float32's round-off
+
+
+def missing(package):
+    """Why a package cannot be used, one sentence, or None."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # an installed package may fail in ways of its own
+        return f"{package} cannot be imported ({type(error).__name__}: {error}): pip install {package}"
+
+
+# --- transformers --------------------------------------------------------------------------------------------------------
+
+def arcee(model):
+    """Our GPT as a stock transformers model: Arcee's block is ours (RMSNorm before, rotary halves, no biases, no gate in the MLP)
+    once the activation is GELU. The head is not tied there, but holds the same weights, and a bias that closes [PAD] and [MASK]:
+    cheaper for generate than a logits processor."""
+    from transformers import ArceeConfig, ArceeForCausalLM
+    V, d = model.embed.weight.shape
+    n_head, dev = model.blocks[0].n_head, model.embed.weight.device
+    hf = ArceeForCausalLM(ArceeConfig(
+        vocab_size=V, hidden_size=d, intermediate_size=4 * d, num_hidden_layers=len(model.blocks), num_attention_heads=n_head,
+        num_key_value_heads=n_head, hidden_act="gelu", max_position_embeddings=len(model.cos), rms_norm_eps=torch.finfo(torch.float32).eps,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)).to(dev)
+    hf.lm_head = torch.nn.Linear(d, V, device=dev)
+    with torch.no_grad():
+        hf.lm_head.bias.zero_()[:EOS] = -1e4
+        copies = [(hf.model.embed_tokens, model.embed), (hf.lm_head, model.embed), (hf.model.norm, model.norm)]
+        for theirs, ours in zip(hf.model.layers, model.blocks):
+            copies += [(theirs.input_layernorm, ours.norm1), (theirs.post_attention_layernorm, ours.norm2), (theirs.self_attn.o_proj, ours.out),
+                       (theirs.mlp.up_proj, ours.up), (theirs.mlp.down_proj, ours.down)]
+            attention = theirs.self_attn
+            for part, weight in zip((attention.q_proj, attention.k_proj, attention.v_proj), ours.qkv.weight.chunk(3)):
+                part.weight.copy_(weight)
+        for theirs, ours in copies:
+            theirs.weight.copy_(ours.weight)
+    return hf.eval()
+
+
+def generate(hf, prompt, max_len, cache=None, guess=None):
+    """transformers' greedy generate -> tokens. cache: None (grows) | "static"; guess: tokens that prompt lookup proposes at once."""
+    out = hf.generate(prompt, attention_mask=(prompt != PAD).long(), max_new_tokens=max_len, do_sample=False, eos_token_id=EOS,
+                      pad_token_id=PAD, cache_implementation=cache, prompt_lookup_num_tokens=guess)[:, prompt.shape[1]:]
+    out = F.pad(out, (0, max_len - out.shape[1]), value=PAD)
+    return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
+
+
+# --- Prompt lookup, our own ------------------------------------------------------------------------------------------------
+
+def look_up(text, n_guess, n_gram=2):
+    """What followed the last n_gram tokens of a list where they stood before (the latest place), n_guess tokens at most; where
+    they never did, one token less is looked for."""
+    for n in range(n_gram, 0, -1):
+        for i in range(len(text) - n - 1, -1, -1):
+            if text[i:i + n] == text[-n:]:
+                return text[i + n:i + n + n_guess]
+    return []
+
+
+@torch.no_grad()
+def lookup_decode(model, prompt, max_len, n_guess=10):
+    """Greedy AR decoding of one prompt (1, P) that guesses by looking up (https://github.com/apoorvumang/prompt-lookup-decoding):
+    one forward reads the guessed tokens too, and those that it would have written itself are kept. The text is that of ar_decode.
+    Returns tokens (1, max_len), forwards."""
+    dev, text, P = prompt.device, prompt[0].tolist(), prompt.shape[1]
+    cache, slot = KVCache(model, 1, P + max_len + n_guess), torch.arange(P + max_len + n_guess, device=dev)
+    stored, forwards = 0, 0
+    while EOS not in text[P:] and len(text) < P + max_len:
+        guess = look_up(text, n_guess) if stored else []
+        n = len(text) + len(guess)
+        here = slot[None, stored:n]
+        hidden = model(torch.tensor([text[stored:] + guess], device=dev), here, (slot[:n] <= here[..., None])[:, None], cache, slice(stored, n), n,
+                       last=len(guess) + 1)
+        best = model.logits(hidden)[0].argmax(-1).tolist()  # what follows the text, and each guess
+        right = next((i for i, token in enumerate(guess) if token != best[i]), len(guess))
+        stored, forwards = len(text) + right, forwards + 1
+        text += best[:right + 1]
+    out = text[P:P + max_len]
+    out = out[:out.index(EOS) + 1] if EOS in out else out
+    return torch.tensor([out + [PAD] * (max_len - len(out))], device=dev), forwards
+
+
+# --- diffusers -------------------------------------------------------------------------------------------------------------
+
+class Shifted(torch.nn.Module):
+    """Our GPT as LLaDA2Pipeline calls a network: the whole sequence in, logits of its last block out; no cache, every forward computes
+    everything again (the pipeline has none to offer). The block mask and the token shift are applied here, and two habits of our
+    sampler, so that both follow one rule: a block's first slot is committed at once, what stands behind [EOS] never."""
+
+    def __init__(self, model, block_size):
+        super().__init__()
+        self.model, self.B, self.P, self.forwards = model, block_size, 0, 0
+
+    device = property(lambda self: self.model.embed.weight.device)
+
+    def forward(self, tokens, attention_mask, position_ids):
+        self.forwards += 1
+        slot = torch.arange(tokens.shape[1], device=tokens.device)
+        last = torch.where(slot < self.P, slot, slot // self.B * self.B + self.B - 1)  # the last slot that each sees
+        pad = (attention_mask == 0).sum(1)[:, None]
+        mask = ((slot <= last[:, None]) & (slot >= pad[..., None])) | (slot == slot[:, None])
+        hidden = self.model(tokens, (slot - pad).clamp(min=0), mask[:, None], last=self.B + 1)[:, :-1]
+        logits, block = self.model.logits(hidden), tokens[:, -self.B:]
+        sure = 1e4 * F.one_hot(logits[:, 0].argmax(-1), logits.shape[-1])
+        logits[:, 0] = torch.where((block == MASK).all(1, keepdim=True), sure, logits[:, 0])
+        logits = logits.masked_fill(((block == EOS).cumsum(1) > 0)[..., None], 0.0)  # as unsure as can be
+        return type("Output", (), {"logits": logits})
+
+
+def llada2(model, block_size, tau):
+    """LLaDA2Pipeline with BlockRefinementScheduler, threshold rule -> decode(prompt (1, P), max_len) -> tokens (1, R), and the
+    network, which counts its forwards. One row at a time: a batch would wait for rows that ended inside a block."""
+    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+    net = Shifted(model, block_size)
+    pipe = LLaDA2Pipeline(net, BlockRefinementScheduler(block_length=block_size))
+    pipe.set_progress_bar_config(disable=True)
+
+    def decode(prompt, max_len):
+        prompt = F.pad(prompt, (-prompt.shape[1] % block_size, 0), value=PAD)  # its grid of blocks starts at the prompt, ours behind it
+        net.P, R = prompt.shape[1], math.ceil(max_len / block_size) * block_size
+        out = pipe(input_ids=prompt, attention_mask=(prompt != PAD).long(), gen_length=R, block_length=block_size, num_inference_steps=block_size,
+                   sampling_method="greedy", threshold=tau, editing_threshold=None, eos_token_id=EOS, mask_token_id=MASK, output_type="seq").sequences
+        return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
+    return decode, net
+
+
+# --- The comparison --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def gaps(model, prompt, ours, theirs):
+    """For every row (N, R) that differs: |log p(our token) - log p(theirs)| where they part, by our model in float64 -> list."""
+    model, found = copy.deepcopy(model).double(), []
+    for row in (ours != theirs).any(1).nonzero()[:, 0].tolist():
+        at = int((ours[row] != theirs[row]).nonzero()[0])
+        hidden = causal_hidden(model, prompt[row:row + 1], ours[row:row + 1, :at + 1])[0, -1]
+        logp = model.logits(hidden).log_softmax(-1)
+        found.append(float((logp[ours[row, at]] - logp[theirs[row, at]]).abs()))
+    return found
+
+
+def compare(cfg, max_len, teacher, student, measure, ratio):
+    """What speed.json holds about peers: {"ar_vs_transformers", "sampler_vs_peers", "vs_prompt_lookup"}, None where a package is
+    missing, and "missing", the reasons. measure({name: decode(prompt)}, batch) -> timings of them in turn, and what they wrote
+    {name: [tokens]}, the prompts among it; ratio(timings, a, b): the time of a over that of b."""
+    why = {package: missing(package) for package in ("transformers", "diffusers")}
+    for reason in filter(None, why.values()):
+        print(f"no comparison: {reason}")
+    ar = lambda p: ar_decode(teacher, p, max_len)[0]
+
+    def agreement(texts, a, b):
+        """Of the timed responses: how many are the same, how many of the others part at a tie."""
+        apart = [g for p, x, y in zip(texts["prompt"], texts[a], texts[b]) for g in gaps(teacher, p, x, y)]
+        n = sum(len(x) for x in texts[a])
+        return {"n": n, "identical": 1 - len(apart) / n, "differ": len(apart), "ties": sum(g < TIE for g in apart), "largest_gap": max(apart, default=0.0)}
+
+    def against_transformers():
+        import transformers
+        transformers.logging.set_verbosity_error()
+        caches = {"dynamic": lambda p: generate(hf, p, max_len), "static": lambda p: generate(hf, p, max_len, "static")}
+        out = {"model": "ArceeForCausalLM", "version": transformers.__version__}
+        for batch in (1, 64):
+            taken, texts = measure({"ours": ar, **caches}, batch)
+            best = max(caches, key=lambda name: ratio(taken, "ours", name))  # the peer's faster cache
+            out |= {f"ratio_b{batch}": ratio(taken, "ours", best), f"cache_b{batch}": best, f"agreement_b{batch}": agreement(texts, "ours", best)}
+        return out | {"identical": out["agreement_b64"]["identical"]}
+
+    def against_lookup():
+        jobs = {f"own, {g} guessed": lambda p, g=g: lookup_decode(teacher, p, max_len, g)[0] for g in GUESSES}
+        if hf:
+            jobs |= {f"transformers, {g} guessed": lambda p, g=g: generate(hf, p, max_len, guess=g) for g in GUESSES}
+        ours = lambda p: block_decode(student, p, max_len, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash).tokens
+        taken, texts = measure({"student": ours, "ar": ar, **jobs}, 1)
+        of = {name: {"ratio": ratio(taken, "student", name), "speedup_over_ar": ratio(taken, "ar", name), **agreement(texts, "ar", name)} for name in jobs}
+        best = max(of, key=lambda name: of[name]["ratio"])
+        return {"ratio": of[best]["ratio"], "fastest": best, "of": of}
+
+    def against_diffusers():
+        import diffusers
+        (theirs, net), forwards = llada2(student, cfg.block_size, cfg.tau), []
+
+        def ours(prompt, model=student):
+            decoded = block_decode(model, prompt, max_len, cfg.block_size, "threshold", cfg.tau)
+            forwards.append(int(decoded.forwards[0]))
+            return decoded.tokens
+        taken, texts = measure({"ours": ours, "theirs": lambda p: theirs(p, max_len)}, 1)
+        counted = {"ours": sum(forwards) / len(forwards), "theirs": net.forwards / len(forwards)}
+        double = copy.deepcopy(student).double()  # a difference that vanishes there was one of round-off
+        again = llada2(double, cfg.block_size, cfg.tau)[0]
+        apart = [p for p, x, y in zip(texts["prompt"], texts["ours"], texts["theirs"]) if not torch.equal(x, y)]
+        n = len(texts["ours"])
+        return {"LLaDA2Pipeline": {"version": diffusers.__version__, "rule": "threshold", "tau": cfg.tau, "cache": False, "forwards": counted,
+                                   "ratio_b1": ratio(taken, "ours", "theirs"), "n": n, "identical": 1 - len(apart) / n, "differ": len(apart),
+                                   "equal_in_float64": sum(torch.equal(ours(p, double), again(p, max_len)) for p in apart)}}
+
+    hf = None if why["transformers"] else arcee(teacher)
+    return {"ar_vs_transformers": hf and against_transformers(), "sampler_vs_peers": None if why["diffusers"] else against_diffusers(),
+            "vs_prompt_lookup": against_lookup(), "missing": [reason for reason in why.values() if reason]}

@@ -1,0 +1,132 @@
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import close, left_padded, tiny_gpt, words
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks"))
+import peers  # noqa: E402
+import speed  # noqa: E402
+from config import parse_args  # noqa: E402
+from data import ANSWER, LABEL, PROFILE  # noqa: E402
+from diffusion import block_decode  # noqa: E402
+from model import EOS, PAD, ar_decode, causal_hidden  # noqa: E402
+
+LABELS = 4
+E = LABEL + LABELS  # the first token that is neither a template word nor a label
+
+
+def needs(package):
+    reason = peers.missing(package)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+def test_looking_up_takes_the_latest_place_of_the_longest_end():
+    assert peers.look_up([3, 4, 5, 6, 3, 4, 7, 8, 3, 4], 2) == [7, 8]
+    assert peers.look_up([3, 4, 5, 9, 4], 3) == [5, 9, 4]
+    assert peers.look_up([3, 4, 5], 2) == []
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4, 5])
+@pytest.mark.parametrize("n_guess", [1, 4])
+def test_prompt_lookup_writes_what_ar_writes(seed, n_guess):
+    model, saved = tiny_gpt(seed), 0
+    for prompt in words(4, 7, seed=seed).repeat(1, 2):  # said twice: there is something to look up
+        text, _, forwards = ar_decode(model, prompt[None], 24)
+        looked, n = peers.lookup_decode(model, prompt[None], 24, n_guess)
+        assert torch.equal(looked, text) and n <= forwards[0]
+        saved += int(forwards[0]) - n
+    assert saved > 0
+
+
+def test_evidence_is_what_stands_in_the_trace_beside_labels_and_template():
+    tokens = np.array([[PROFILE, E, E + 1, LABEL, E, LABEL + 1, E, ANSWER, LABEL + 1, LABEL, EOS, PAD],
+                       [PROFILE, E, EOS] + [PAD] * 9,                             # no answer
+                       [ANSWER, LABEL, E, EOS] + [PAD] * 8])                      # no trace; a stray word in the answer
+    assert speed.evidence_tokens(tokens, LABELS).tolist() == [4, 1, 0]
+
+
+def test_the_cost_model_is_fitted_and_crosses_where_it_should():
+    grid = [(w, n) for w in (1, 8, 16) for n in (1, 64)]
+    assert speed.fit([(w, n, 2e-3 + 1e-6 * w * n) for w, n in grid]) == pytest.approx([2e-3, 1e-6])
+    assert speed.fit([(w, n, 2e-3 + 1e-6 * w * n + 5e-6 * n) for w, n in grid], rows=True) == pytest.approx([2e-3, 1e-6, 5e-6])
+    assert speed.predicted([1.0, 0.0], 16, 50, 1, 64, 8) == pytest.approx(8)          # width is free: tokens a forward
+    assert speed.predicted([0.0, 1.0], 16, 0, 1, 64, 4) == pytest.approx(63 / (16 + 3 * 32 + 12 * 16))
+    assert speed.crossover([(1, 2.0), (4, 2.0), (16, 0.5)]) == pytest.approx(8)
+    assert speed.crossover([(1, 2.0), (4, 1.5)]) is None
+
+
+def test_ratios_are_medians_of_rounds_of_time_a_token():
+    taken = {"a": np.array([[1.0, 10], [2.0, 10], [9.0, 10]]), "b": np.array([[1.0, 5], [1.0, 5], [1.0, 5]])}
+    assert speed.ratio(taken, "a", "b") == pytest.approx(1.0)
+    calls = []
+    taken, texts = speed.in_turn({n: lambda i, n=n: calls.append((i, n)) or torch.tensor([[i + 3, PAD]]) for n in "ab"}, 0.0)
+    assert calls == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
+    assert taken["a"].shape == (1, 2) and taken["a"][0, 1] == 1 and texts["b"][0].tolist() == [[4, PAD]]
+
+
+def test_the_curves_never_end_and_take_the_number_of_forwards_asked_for():
+    cfg = parse_args("", ["--d_model", "16", "--n_layer", "1", "--device", "cpu", "--block_size", "8", "--eval_speed_seconds", "0"])
+    prompts = left_padded([3, 5]).numpy().astype(np.int16)
+    split = SimpleNamespace(prompt=prompts, response=prompts)
+    split = type("Rows", (SimpleNamespace,), {"__len__": lambda self: 2})(**vars(split))
+    world = SimpleNamespace(words=["w"] * 10, test=split)
+    model = speed.endless(cfg, world, 32)
+    assert (ar_decode(model, words(2, 5), 32)[0] != PAD).all()
+    point = speed.scaled(cfg, world, 2, 32, per_forward=3.2)
+    assert point["steps"] == [2, 3] and point["forwards"] == [8, 12] and point["speedup"] > 0
+
+
+def measured(prompt):
+    """What speed.clock gives, on one prompt."""
+    def measure(jobs, batch):
+        taken, texts = speed.in_turn({name: lambda i, f=f: f(prompt[:batch]) for name, f in jobs.items()}, 0.0)
+        return taken, texts | {"prompt": [prompt[:batch]]}
+    return measure
+
+
+def test_absent_packages_are_named_and_leave_null(monkeypatch, capsys):
+    assert "no_such_package" in peers.missing("no_such_package") and peers.missing("json") is None
+    monkeypatch.setattr(peers, "missing", lambda package: f"{package} cannot be imported")
+    model = tiny_gpt(dtype=torch.float32)
+    out = peers.compare(parse_args("", []), 16, model, model, measured(words(2, 8)), speed.ratio)
+    assert out["ar_vs_transformers"] is None and out["sampler_vs_peers"] is None and len(out["missing"]) == 2
+    assert {name.split(",")[0] for name in out["vs_prompt_lookup"]["of"]} == {"own"}
+    assert "transformers cannot be imported" in capsys.readouterr().out
+
+
+def test_a_difference_is_measured_where_two_texts_part():
+    model, prompt = tiny_gpt(), words(2, 6)
+    text = ar_decode(model, prompt, 8)[0]
+    other = text.clone()
+    other[1, 2] = 3 if text[1, 2] != 3 else 4
+    assert len(peers.gaps(model, prompt, text, other)) == 1 and peers.gaps(model, prompt, text, other)[0] > 0
+    assert peers.gaps(model, prompt, text, text) == []
+
+
+@needs("transformers")
+@pytest.mark.parametrize("seed", [0, 3])
+def test_transformers_writes_the_same_tokens_with_our_weights(seed):
+    model, prompt = tiny_gpt(seed, dtype=torch.float32), left_padded([4, 9, 6])
+    hf, text = peers.arcee(model), ar_decode(model, prompt, 16)[0]
+    whole = torch.cat((prompt, text), dim=1)[1:2, :-1]
+    with torch.no_grad():
+        close(hf(whole).logits[:, -16:, EOS:], model.logits(causal_hidden(model, prompt[1:2], text[1:2]))[..., EOS:], atol=1e-4)
+    for cache in (None, "static"):
+        assert torch.equal(peers.generate(hf, prompt, 16, cache), text)
+    assert torch.equal(peers.generate(hf, prompt[1:2], 16, guess=4), text[1:2])
+
+
+@needs("diffusers")
+@pytest.mark.parametrize("seed", [0, 3, 4])
+@pytest.mark.parametrize("length", [3, 8])
+def test_the_diffusers_sampler_writes_the_same_tokens_under_the_same_rule(seed, length):
+    model = tiny_gpt(seed, dtype=torch.float32)
+    theirs, net = peers.llada2(model, 4, 0.6)
+    for prompt in words(3, length, seed=seed):
+        ours = block_decode(model, prompt[None], 16, 4, "threshold", 0.6)
+        net.forwards = 0
+        assert torch.equal(theirs(prompt[None], 16), ours.tokens) and net.forwards >= ours.forwards[0]
