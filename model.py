@@ -296,7 +296,7 @@ def recorded(model, key, make, generator):
 def sample(logits, temperature, generator=None):
     """Greedy (temperature 0) or sampled tokens from logits (..., V): the tokens (...,), their log-probabilities (...,), and
     all log-probabilities (..., V)."""
-    logp = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    logp = F.log_softmax(logits / temperature if temperature else logits, dim=-1)
     best, token = logp.max(-1)
     if temperature == 0:
         return token, best, logp

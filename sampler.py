@@ -46,9 +46,20 @@ def choose(logp, open_, forced, rule, tau, clash=0.4):
     Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step makes progress. The
     choice depends on the distributions only, not on the tokens drawn from them: given the state it is no random event.
     """
-    confidence = torch.where(open_, logp.amax(-1).exp(), -1.0)
+    best_logp, best = logp.max(-1)
+    confidence = torch.where(open_, best_logp.exp(), -1.0)
     B, place = logp.shape[1], torch.arange(logp.shape[1], device=logp.device)
-    if rule in ("threshold", "independent"):
+    if rule == "independent":
+        chosen = open_ & (confidence > tau) | forced
+        some = chosen.any(1, keepdim=True)
+        if not logp.is_cuda and some.all():  # looking costs nothing on a CPU, what follows a tenth of a step
+            return chosen
+        p = logp.exp() * open_[..., None]
+        surer = confidence[:, None] > confidence[..., None]  # (N, i, j): j is surer than i, of equals the first
+        surer |= (confidence[:, None] == confidence[..., None]) & (place < place[:, None])
+        rivals = (p @ p.transpose(1, 2) > clash) | (best[:, :, None] == best[:, None])  # (N, B, B)
+        return torch.where(some, chosen, open_ & ~(rivals & surer).any(-1))
+    if rule == "threshold":
         chosen = open_ & (confidence > tau)
     else:
         ranked, order = confidence.sort(dim=1, descending=True, stable=True)
@@ -59,14 +70,6 @@ def choose(logp, open_, forced, rule, tau, clash=0.4):
             n_commit = math.ceil(B / tau)
         chosen = torch.zeros_like(open_).scatter(1, order, (n <= n_commit).expand_as(order)) & open_
     surest = F.one_hot(confidence.argmax(1), B).bool() & open_
-    if rule == "independent":
-        p = logp.exp() * open_[..., None]
-        surer = confidence[:, None] > confidence[..., None]  # (N, i, j): j is surer than i, of equals the first
-        surer |= (confidence[:, None] == confidence[..., None]) & (place < place[:, None])
-        best = logp.argmax(-1)
-        rivals = (p @ p.transpose(1, 2) > clash) | (best[:, :, None] == best[:, None])  # (N, B, B)
-        surest = open_ & ~(rivals & surer).any(-1)
-        return torch.where((chosen | forced).any(1, keepdim=True), chosen | forced, surest)
     return chosen | forced | (surest & ~forced.any(1, keepdim=True))
 
 
@@ -125,9 +128,9 @@ class BlockState:
         go on to the next block where this one is finished."""
         rows, block, step, running = (x[some] for x in (self.rows, self.block, self.in_block, self.running))  # (m,)
         row, at = rows[:, None], block[:, None] * self.B + self.lane  # (m, B) slots of the response
-        tokens = self.seq[row, self.P + at]
-        eos = (tokens == EOS).cumsum(1) > 0                      # at or behind the first committed [EOS]
-        open_ = (tokens == MASK) & ~eos
+        slots = self.P + at
+        tokens = self.seq[row, slots]
+        open_ = (tokens == MASK) & ((tokens == EOS).cumsum(1) == 0)  # not behind a committed [EOS]
         logits = self.model.logits(hidden)                       # (m, B, V)
         if constrain is not None:
             logits = constrain(logits, self.seq[some, self.P:], at, rows)
@@ -135,7 +138,7 @@ class BlockState:
         forced = (step == 0)[:, None] & (self.lane == 0)
         chosen = choose(every, open_, forced, rule, tau, clash) & running[:, None]
         tokens = torch.where(chosen, drawn, tokens)
-        self.seq[row, self.P + at] = tokens
+        self.seq[row, slots] = tokens
         self.step[row, at] = torch.where(chosen, step[:, None], self.step[row, at])
         self.logp[row, at] = torch.where(chosen, logp, self.logp[row, at])
         self.forwards[some] += running

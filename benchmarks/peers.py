@@ -11,7 +11,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from diffusion import block_decode
+from sampler import block_decode
 from model import EOS, MASK, PAD, KVCache, ar_decode, causal_hidden
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: the weights are ours

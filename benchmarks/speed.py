@@ -25,7 +25,7 @@ from common import (check_checkpoint, checkpoint_path, decode_split, device_of, 
                     read_checkpoint, same_words, save_atomically, script, with_weights)
 from config import STAGES, UserError, folder  # noqa: E402
 from data import ANSWER, LABEL, PROFILE, load_world, tensors  # noqa: E402
-from diffusion import block_decode  # noqa: E402
+from sampler import block_decode  # noqa: E402
 from evaluate import device_name, score, stage_decoder  # noqa: E402
 from model import EOS, GPT, PAD, KVCache, ar_decode  # noqa: E402
 import peers  # noqa: E402

@@ -12,7 +12,7 @@ import peers  # noqa: E402
 import speed  # noqa: E402
 from config import parse_args  # noqa: E402
 from data import ANSWER, LABEL, PROFILE  # noqa: E402
-from diffusion import block_decode  # noqa: E402
+from sampler import block_decode  # noqa: E402
 from model import EOS, PAD, ar_decode, causal_hidden  # noqa: E402
 
 LABELS = 4
