@@ -21,9 +21,9 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 
-from common import (check_checkpoint, checkpoint_path, decode_split, device_of, load_stage, load_tensors, new_model,  # noqa: E402
-                    read_checkpoint, same_words, save_atomically, script, with_weights)
-from config import STAGES, UserError, folder  # noqa: E402
+from common import (check_checkpoint, decode_split, device_of, last_student, load_stage, load_tensors, new_model,  # noqa: E402
+                    same_words, save_atomically, script, serve, with_weights)
+from config import UserError, folder  # noqa: E402
 from data import ANSWER, LABEL, PROFILE, load_world, tensors  # noqa: E402
 from sampler import block_decode  # noqa: E402
 from evaluate import device_name, score, stage_decoder  # noqa: E402
@@ -208,7 +208,7 @@ def curves(cfg, world, teacher, student, count):
 def decoders(cfg, world, teacher, student, others=()):
     """{name: decode(prompt) -> tokens} of AR, the student at the operating point, and the AR models of other runs."""
     out = {"ar": lambda p: ar_decode(teacher, p, world.max_response)[0],
-           "student": lambda p: block_decode(student, p, world.max_response, cfg.block_size, cfg.commit, cfg.tau, clash=cfg.clash).tokens}
+           "student": lambda p: serve(cfg, student, p, world.max_response).tokens}
     return out | {name: lambda p, m=m: ar_decode(m, p, world.max_response)[0] for name, m in dict(others).items()}
 
 
@@ -236,14 +236,11 @@ def git_hash():
 def main(cfg):
     start, world = time.perf_counter(), load_world(cfg)
     teacher = load_stage(cfg, "ar", world)[0]
-    last = [s for s in STAGES[1:] if os.path.exists(checkpoint_path(cfg, s)) and read_checkpoint(cfg, s, world)["finished"]]
-    if not last:
-        raise UserError(f"there is no student in {folder(cfg)}: first run `python train_cft.py --config {cfg.config}`")
-    student, others = load_stage(cfg, last[-1], world)[0], beside(cfg, world)
+    (stage, student), others = last_student(cfg, world), beside(cfg, world)
     count = counts(cfg, world, student)
     taken = {n: clock(cfg, world, 5.0 if n == 1 else 2.0)(decoders(cfg, world, teacher, student, others if n == 1 else ()), n)[0] for n in (1, 8, 64)}
     key = {"config": cfg.config, "device": device_name(cfg), "threads": cfg.threads}
-    run = {**key, "commit": git_hash(), "torch": torch.__version__, "stage": last[-1], "seed": cfg.seed,
+    run = {**key, "commit": git_hash(), "torch": torch.__version__, "stage": stage, "seed": cfg.seed,
            "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "tau": cfg.tau, "clash": cfg.clash}, **count}
     run |= {f"speedup_b{batch}": ratio(taken[batch], "ar", "student") for batch in taken} | {"rounds_b1": len(taken[1]["ar"])}
     run["latency_ms"] = {name: dict(zip(("p50", "p95"), (1000 * np.quantile(t[:, 0], (0.5, 0.95))).tolist())) for name, t in taken[1].items()}
@@ -297,7 +294,7 @@ def markdown(run, lines):
         f"A forward of the student costs {run['cost_ratio']:.2f} of AR's at batch 1 (one block wide to one token wide: {run['cost_ratio_block_to_1']:.2f}). "
         f"The forwards alone of a response: AR {run['bare_ms']['ar']:.1f} ms, student {run['bare_ms']['student']:.1f} ms.\n",
         table(("ms a response, batch 1", "p50", "p95"), [(name, t["p50"], t["p95"]) for name, t in run["latency_ms"].items()]),
-        table(("ours", "peer", "time, ours / peer", "identical responses", "differ, by round-off"), compared), *(f"Not measured: {reason}.\n" for reason in run["missing"]),
+        table(("ours", "peer", "ours is × as fast", "identical responses", "differ, by round-off"), compared), *(f"Not measured: {reason}.\n" for reason in run["missing"]),
         f"Random weights, {run['tokens_per_forward']:.2f} tokens a forward. Model: {cost['a_ms']:.3f} ms + {cost['b_us']:.2f} µs × width × batch, median error "
         f"{percent(cost['median_error'])}; with rows, {cost['rows']['a_ms']:.3f} ms + {cost['rows']['b_us']:.2f} µs × width × batch + {cost['rows']['c_us']:.2f} µs × batch, "
         f"median error {percent(cost['rows']['median_error'])}. The speed-up falls below 1 at batch {short(cost['crossover_batch'])} (model: "
