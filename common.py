@@ -293,6 +293,9 @@ class Run:
         if self.finished:
             print(f"{self.stage}: finished already ({checkpoint_path(self.cfg, self.stage)}); delete it to train again")
             return
+        if not RANK:
+            print(f"{self.stage}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters on {device_of(self.cfg)}, steps "
+                  f"{self.first} to {self.n_steps}, into {os.path.dirname(self.log_path)}", flush=True)
         self.started, before = time.perf_counter(), self.seconds
         with locked(os.path.dirname(self.log_path)), self._cut_log() as self.log_file, \
                 tqdm(range(self.first, self.n_steps), initial=self.first, total=self.n_steps, desc=self.stage, disable=RANK > 0) as self.bar:

@@ -72,7 +72,8 @@ def rollout(cfg, world, model, candidates, gen, own):
     target, k = world.train.target[rows, None], (incoming >= 0).sum(1)
     before, after = (incoming == target).argmax(1), (answers.order == target).argmax(1)
     rewards = reward(before, after, k, answers.valid, cfg.rl_alpha, cfg.rl_conditional)
-    log = {"reward": rewards.mean(), "sampled_valid": answers.valid.mean(), "identity": answers.identity.mean()}
+    log = {"reward": rewards.mean(), "sampled_valid": answers.valid.mean(),
+           "copied": (answers.valid & answers.identity).mean()}
     log = {name: np.mean(gathered(value)) for name, value in log.items()}
     return prompt, decoded, torch.from_numpy(rewards).view(-1, cfg.rl_group).float(), log
 

@@ -1,0 +1,84 @@
+"""Does an unconditional format reward teach to copy the incoming order? RL from a weak and from the finished student.
+
+    python benchmarks/hacking.py --config toy     # 8 runs of RL, about 15 minutes on 2 CPU cores
+
+Needs the AR teacher and the CFT student of the run. A weak student is made first, by a short CFT. Then RL goes on from each without the
+anchor, the format bonus paid only for a target that rose, or always, with two values of alpha. Everything is read off RL's own log:
+sampled answers that are valid, that copy the incoming order, and by how much the target rose. Writes hacking.md and hacking.png.
+"""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from common import checkpoint_path, load_stage, save_atomically, script  # noqa: E402
+from config import folder  # noqa: E402
+from data import load_world  # noqa: E402
+
+WEAK_STEPS, STEPS, ALPHAS = 60, 80, (0.1, 0.5)
+
+
+def train(cfg, stage, **options):
+    """Run a stage with other settings, unless it has finished; returns where its checkpoint is."""
+    there = dataclasses.replace(cfg, **options)
+    given = {"config": cfg.config, "data_dir": cfg.data_dir, "threads": cfg.threads, "seed": cfg.seed, **options}
+    text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
+    subprocess.run([sys.executable, os.path.join(ROOT, f"train_{stage}.py"), *(x for k, v in given.items() for x in (f"--{k}", text(v)))], check=True)
+    return checkpoint_path(there, stage)
+
+
+def main(cfg):
+    world, teacher = load_world(cfg), checkpoint_path(cfg, "ar")
+    for stage in ("ar", "cft"):
+        load_stage(cfg, stage, world)  # what is missing is said before anything is trained
+    here = lambda name: folder(cfg, "hacking", name)
+    starts = {"weak": train(cfg, "cft", teacher=teacher, run_dir=here("weak"), cft_steps=WEAK_STEPS, warmup=10), "finished": checkpoint_path(cfg, "cft")}
+    logs = {}
+    for start, init in starts.items():
+        for conditional in (True, False):
+            for alpha in ALPHAS:
+                path = train(cfg, "rl", teacher=teacher, init=init, run_dir=here(f"{start}_{conditional}_{alpha}"), rl_conditional=conditional,
+                             rl_alpha=alpha, rl_anchor=0.0, rl_steps=STEPS)
+                with open(os.path.join(os.path.dirname(path), "metrics.jsonl")) as file:
+                    logs[start, conditional, alpha] = [json.loads(line) for line in file]
+    lines = ["| student | bonus | α | valid, first and last fifth | copied, first and last fifth | groups with a signal | nats a token, first and last fifth |",
+             "|---" * 7 + "|"]
+    for (start, conditional, alpha), log in logs.items():
+        fifth = len(log) // 5
+        ends = lambda name: [np.mean([line[name] for line in part if name in line]) for part in (log[:fifth], log[-fifth:])]
+        two = lambda name, unit=100, f=".1f": " → ".join(f"{unit * v:{f}}" for v in ends(name)) + (" %" if unit == 100 else "")
+        lines.append(f"| {start} | {'if the target rose' if conditional else 'always'} | {alpha} | {two('sampled_valid')} | {two('copied')} | "
+                     f"{100 * np.mean([line['signal'] for line in log]):.0f} % | {two('sampled_nats', 1, '.3f')} |")
+    text = "\n".join(lines) + "\n"
+    save_atomically(folder(cfg, "hacking.md"), lambda p: open(p, "w").write(text))
+    figure(logs, folder(cfg, "hacking.png"))
+    print(text)
+
+
+def figure(logs, path):
+    """Valid and copied answers against roll-outs, means over ten."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for ax, start in zip(axes, ("weak", "finished")):
+        for (of, conditional, alpha), log in logs.items():
+            if of == start:
+                style = dict(color="#1f77b4" if conditional else "#d62728", ls="-" if alpha == ALPHAS[-1] else "--", lw=1.2)
+                for name in ("sampled_valid", "copied"):
+                    mean = [100 * np.mean([line[name] for line in log[max(0, i - 9):i + 1]]) for i in range(len(log))]
+                    ax.plot(mean, **style, label=f"{'if it rose' if conditional else 'always'}, α = {alpha}" if name == "copied" else None)
+        ax.set(xlabel="roll-outs", ylabel="% of the sampled answers: valid (above), copied (below)", ylim=(-3, 103), title=f"from a {start} student")
+        ax.legend(fontsize=8, loc="center right")
+    fig.tight_layout()
+    fig.savefig(path, dpi=110, facecolor="white")
+
+
+if __name__ == "__main__":
+    script(main, __doc__)
