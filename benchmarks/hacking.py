@@ -21,7 +21,7 @@ from common import checkpoint_path, load_stage, save_atomically, script  # noqa:
 from config import folder  # noqa: E402
 from data import load_world  # noqa: E402
 
-WEAK_STEPS, STEPS, ALPHAS = 60, 40, (0.1, 0.5)
+WEAK_STEPS, STEPS, ALPHAS = 150, 40, (0.1, 0.5)
 
 
 def train(cfg, stage, **options):
