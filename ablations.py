@@ -105,6 +105,13 @@ def options_of(cfg, name):
     return stage, options
 
 
+def train(stage, settings):
+    """Run the script of a stage with these settings {name: value} as options."""
+    script_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"train_{stage}.py")
+    text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
+    subprocess.run([sys.executable, script_path, *(x for k, v in settings.items() for x in (f"--{k}", text(v)))], check=True)
+
+
 def main(cfg):
     names = [name.strip() for name in cfg.lines.split(",")] if cfg.lines != "all" else list(LINES[cfg.ablate])
     if unknown := set(names) - LINES[cfg.ablate].keys():
@@ -129,10 +136,7 @@ def main(cfg):
             line = dataclasses.replace(cfg, **{**options, **start, "seed": seed, "run_dir": run_dir})
             path = os.path.join(os.path.dirname(checkpoint_path(line, stage)), f"curve_{line.commit}.json")
             if not os.path.exists(path):
-                text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
-                given = {**ours, **options, **start, "seed": seed, "run_dir": run_dir}
-                subprocess.run([sys.executable, f"train_{stage}.py", "--config", cfg.config,
-                                *(x for k, v in given.items() for x in (f"--{k}", text(v)))], check=True)
+                train(stage, {"config": cfg.config, **ours, **options, **start, "seed": seed, "run_dir": run_dir})
                 points = curve(line, world, stage)
                 save_atomically(path, lambda p: open(p, "w").write(json.dumps(points)))
             found.setdefault(name, []).append(np.array(json.load(open(path))))

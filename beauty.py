@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from amazon import read_beauty
 from common import first_process_first, load_tensors, save_atomically
 from config import UserError, folder
-from data import (CANDIDATES, HISTORY, LABEL, LAST, PROFILE, SPECIAL, Split, World, list_lengths, pack)
+from data import CANDIDATES, HISTORY, LABEL, LAST, PROFILE, SPECIAL, Split, World, list_lengths, pack
 from model import PAD
 from prerank import FOLDS, K, MAXC, Counts, attributes, prerank
 

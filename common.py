@@ -164,6 +164,11 @@ def checkpoint_path(cfg, stage):
     return folder(cfg, f"seed{cfg.seed}", stage, "checkpoint.pt")
 
 
+def log_path(cfg, stage):
+    """The log of a stage, beside its checkpoint: a line a step."""
+    return os.path.join(os.path.dirname(checkpoint_path(cfg, stage)), "metrics.jsonl")
+
+
 def read_checkpoint(cfg, stage, world):
     """The checkpoint of a stage as a dict, or None if there is none. UserError if it is damaged or of other settings."""
     path = checkpoint_path(cfg, stage)
@@ -243,19 +248,19 @@ def load_stage(cfg, stage, world, state=None):
     return with_weights(cfg, world, state, checkpoint_path(cfg, stage)), state
 
 
-def finished_stages(cfg, world, stages=STAGES):
-    """{stage: (model, checkpoint)} of the stages that have finished. UserError without the teacher, where it is asked for."""
-    states = {stage: read_checkpoint(cfg, stage, world) for stage in stages}
+def finished_stages(cfg, world):
+    """{stage: (model, checkpoint)} of the teacher and of every stage that has finished. UserError without a finished teacher."""
+    states = {stage: read_checkpoint(cfg, stage, world) for stage in STAGES}
     return {s: load_stage(cfg, s, world, state) for s, state in states.items() if s == "ar" or state and state["finished"]}
 
 
 def last_student(cfg, world):
     """The last finished stage behind the teacher: its name, and its model in eval mode. UserError if there is none."""
-    found = finished_stages(cfg, world, STAGES[1:])
+    found = [(stage, state) for stage in STAGES[1:] if (state := read_checkpoint(cfg, stage, world)) and state["finished"]]
     if not found:
         raise UserError(f"there is no finished student: first run `python train_cft.py --config {cfg.config}`")
-    stage, (model, _) = found.popitem()
-    return stage, model
+    stage, state = found[-1]
+    return stage, load_stage(cfg, stage, world, state)[0]
 
 
 def serve(cfg, model, prompt, max_len, **other):
@@ -286,7 +291,7 @@ class Run:
         if state is not None:
             restore(checkpoint_path(cfg, stage), model, state, self.optimizer)
             self.first, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]
-        self.log_path = os.path.join(os.path.dirname(checkpoint_path(cfg, stage)), "metrics.jsonl")
+        self.log_path = log_path(cfg, stage)
 
     def steps(self):
         """Yield the numbers of the steps to do, saving as they pass."""

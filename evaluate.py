@@ -307,16 +307,24 @@ def main(cfg):
     print(f"\n{summary(report)}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))
 
 
-def scores_beside(cfg, world):
-    """Scores of other runs on the same users: --beside name=folder:stage,... -> {name: {metric: (N,)}}."""
-    out = {}
+def parse_beside(cfg):
+    """--beside name=folder:stage,... -> [(name, folder, stage)]"""
+    out = []
     for item in filter(None, cfg.beside.split(",")):
         try:
             name, where = item.split("=")
-            path, stage = where.rsplit(":", 1)
+            where, stage = where.rsplit(":", 1)
         except ValueError:
             raise UserError(f"--beside takes name=folder:stage, for example longer=runs/longer/small:ar, not '{item}'")
-        path = os.path.join(path, "report_users.pt" if cfg.eval_split == "test" else "report_val_users.pt")
+        out.append((name, where, stage))
+    return out
+
+
+def scores_beside(cfg, world):
+    """Scores of other runs on the same users: --beside name=folder:stage,... -> {name: {metric: (N,)}}."""
+    out = {}
+    for name, where, stage in parse_beside(cfg):
+        path = os.path.join(where, "report_users.pt" if cfg.eval_split == "test" else "report_val_users.pt")
         if not os.path.exists(path):
             raise UserError(f"--beside: there is no {path}: first run evaluate.py there")
         saved = load_tensors(path)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import torch
 
-from common import checkpoint_path, device_of, serve
+from common import device_of, log_path, serve
 from config import STAGES, folder
 from data import tensors
 from diffusion import segment_mask
@@ -73,7 +73,7 @@ def stages_figure(cfg, report, plt):
             bars.bar_label(drawn, [f"{100 * r['valid']:.1f}" for r in rows.values()], fontsize=8)
     bars.set(xticks=range(len(rows)), xticklabels=rows, ylabel="% of the answers", ylim=(0, 119), title="at the operating point")
     bars.legend(ncol=4, fontsize=7, loc="upper center")
-    path = os.path.join(os.path.dirname(checkpoint_path(dataclasses.replace(cfg, seed=report["seeds"][0]), "cft")), "metrics.jsonl")
+    path = log_path(dataclasses.replace(cfg, seed=report["seeds"][0]), "cft")
     log = [line for line in map(json.loads, open(path)) if "valid" in line] if os.path.exists(path) else []
     curve.plot([line["step"] for line in log], [100 * line["valid"] for line in log], "o-", color=kinds["valid"], ms=3)
     curve.set(xlabel="CFT steps", ylabel="valid answers, % of 64", ylim=(0, 105), title="while CFT goes on")

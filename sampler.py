@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from model import EOS, MASK, PAD, KVCache, pad_left, recorded, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
+DRAWN_CLASH = 0.1  # choose's clash where tokens are drawn, not the best: they collide more often
 
 
 @dataclass
@@ -73,7 +74,7 @@ def choose(logp, open_, forced, rule, tau, clash=0.4):
 
 
 class BlockState:
-    """A batch of responses being decoded: n rows, each at its own pace. All methods are without host syncs."""
+    """A batch of responses being decoded: n rows, each at its own pace. On a GPU no method waits for it."""
 
     def __init__(self, model, prompt, n_tokens, block_size, prefix=None):
         """prompt (n, P) left-padded, n_tokens a multiple of B, prefix (n, L), whole blocks, the given beginning."""

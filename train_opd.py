@@ -23,7 +23,7 @@ from common import (Run, device_of, draw_batch, gathered, generator, half, load_
 from data import LABEL, load_world, tensors
 from diffusion import decode_states, every_block, fill_last_block, full_precision, segment_hidden, take_blocks
 from model import MASK, PAD, causal_hidden
-from sampler import NEVER, Decoded, block_decode
+from sampler import DRAWN_CLASH, NEVER, Decoded, block_decode
 from train_ar import in_answer, token_weights
 from train_cft import answer_blocks, cft_loss, teacher_outputs, validate
 
@@ -56,7 +56,7 @@ def rollout(cfg, world, student, outputs, gen, own):
     prompt, _ = tensors(world.train, rows, device)
     if cfg.opd_source == "student":
         decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "independent", cfg.opd_tau,
-                               cfg.opd_rollout_temperature, own, clash=0.1)  # tokens are drawn, not the best: they collide more often
+                               cfg.opd_rollout_temperature, own, clash=DRAWN_CLASH)
     else:
         tokens, B = outputs[rows].to(device), cfg.block_size
         filled, real = fill_last_block(tokens, B)

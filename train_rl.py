@@ -18,7 +18,7 @@ from common import Run, device_of, draw_batch, gathered, generator, half, load_s
 from data import load_world, parse_answers, tensors
 from diffusion import replay_logp
 from model import PAD
-from sampler import block_decode
+from sampler import DRAWN_CLASH, block_decode
 from train_cft import cft_loss, teacher_outputs, validate
 
 
@@ -66,7 +66,7 @@ def rollout(cfg, world, model, candidates, gen, own):
     rows = candidates[draw_batch(world.train.k[candidates], cfg.rl_prompts, gen)[mine(cfg.rl_prompts)]].repeat(cfg.rl_group)
     prompt, _ = tensors(world.train, rows, device_of(cfg))
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, "independent", cfg.rl_tau, cfg.rl_temperature,
-                           own, clash=0.1)  # tokens are drawn, not the best: they collide more often
+                           own, clash=DRAWN_CLASH)
     incoming = world.train.incoming[rows]
     answers = parse_answers(decoded.tokens.cpu().numpy(), incoming)
     target, k = world.train.target[rows, None], (incoming >= 0).sum(1)

@@ -9,7 +9,6 @@ sampled answers that are valid, that copy the incoming order, and by how much th
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -17,20 +16,18 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from common import checkpoint_path, load_stage, save_atomically, script  # noqa: E402
+from ablations import train  # noqa: E402
+from common import checkpoint_path, load_stage, log_path, save_atomically, script  # noqa: E402
 from config import folder  # noqa: E402
 from data import load_world  # noqa: E402
 
 WEAK_STEPS, STEPS, ALPHAS = 150, 40, (0.1, 0.5)
 
 
-def train(cfg, stage, **options):
-    """Run a stage with other settings, unless it has finished; returns where its checkpoint is."""
-    there = dataclasses.replace(cfg, **options)
-    given = {"config": cfg.config, "data_dir": cfg.data_dir, "threads": cfg.threads, "seed": cfg.seed, **options}
-    text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
-    subprocess.run([sys.executable, os.path.join(ROOT, f"train_{stage}.py"), *(x for k, v in given.items() for x in (f"--{k}", text(v)))], check=True)
-    return checkpoint_path(there, stage)
+def trained(cfg, stage, **options):
+    """Run a stage with other settings, unless it has finished; returns them all."""
+    train(stage, {"config": cfg.config, "data_dir": cfg.data_dir, "threads": cfg.threads, "seed": cfg.seed, **options})
+    return dataclasses.replace(cfg, **options)
 
 
 def main(cfg):
@@ -38,14 +35,15 @@ def main(cfg):
     for stage in ("ar", "cft"):
         load_stage(cfg, stage, world)  # what is missing is said before anything is trained
     here = lambda name: folder(cfg, "hacking", name)
-    starts = {"weak": train(cfg, "cft", teacher=teacher, run_dir=here("weak"), cft_steps=WEAK_STEPS, warmup=10), "finished": checkpoint_path(cfg, "cft")}
+    weak = trained(cfg, "cft", teacher=teacher, run_dir=here("weak"), cft_steps=WEAK_STEPS, warmup=10)
+    starts = {"weak": checkpoint_path(weak, "cft"), "finished": checkpoint_path(cfg, "cft")}
     logs = {}
     for start, init in starts.items():
         for conditional in (True, False):
             for alpha in ALPHAS:
-                path = train(cfg, "rl", teacher=teacher, init=init, run_dir=here(f"{start}_{conditional}_{alpha}"), rl_conditional=conditional,
-                             rl_alpha=alpha, rl_anchor=0.0, rl_steps=STEPS)
-                with open(os.path.join(os.path.dirname(path), "metrics.jsonl")) as file:
+                there = trained(cfg, "rl", teacher=teacher, init=init, run_dir=here(f"{start}_{conditional}_{alpha}"), rl_conditional=conditional,
+                                rl_alpha=alpha, rl_anchor=0.0, rl_steps=STEPS)
+                with open(log_path(there, "rl")) as file:
                     logs[start, conditional, alpha] = [json.loads(line) for line in file]
     lines = ["| student | bonus | α | valid, first and last fifth | copied, first and last fifth | groups with a signal | nats a token, first and last fifth |",
              "|---" * 7 + "|"]

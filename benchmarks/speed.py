@@ -21,12 +21,12 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 
-from common import (check_checkpoint, decode_split, device_of, last_student, load_stage, load_tensors, new_model,  # noqa: E402
-                    same_words, save_atomically, script, serve, with_weights)
-from config import UserError, folder  # noqa: E402
+from common import (decode_split, device_of, last_student, load_stage, new_model, save_atomically, script, serve,  # noqa: E402
+                    start_from)
+from config import folder  # noqa: E402
 from data import ANSWER, LABEL, PROFILE, load_world, tensors  # noqa: E402
 from sampler import block_decode  # noqa: E402
-from evaluate import device_name, score, stage_decoder  # noqa: E402
+from evaluate import device_name, parse_beside, score, stage_decoder  # noqa: E402
 from model import EOS, GPT, PAD, KVCache, ar_decode  # noqa: E402
 import peers  # noqa: E402
 
@@ -214,15 +214,9 @@ def decoders(cfg, world, teacher, student, others=()):
 
 def beside(cfg, world):
     """AR models of other runs, as evaluate's --beside names them: {name: model} of every name=folder:ar."""
-    out = {}
-    for name, where in (item.split("=") for item in cfg.beside.split(",") if item.endswith(":ar") and "=" in item):
-        path = os.path.join(where[:-3], f"seed{cfg.seed}", "ar", "checkpoint.pt")
-        state = load_tensors(path)
-        check_checkpoint(path, state)
-        if not same_words(state, world):
-            raise UserError(f"--beside: {path} has another vocabulary")
-        out[name] = with_weights(cfg, world, state, path)
-    return out
+    path = lambda where: os.path.join(where, f"seed{cfg.seed}", "ar", "checkpoint.pt")
+    return {name: start_from(dataclasses.replace(cfg, init=path(where)), world, None)
+            for name, where, stage in parse_beside(cfg) if stage == "ar"}
 
 
 def git_hash():
