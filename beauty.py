@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from amazon import read_beauty
 from common import first_process_first, load_tensors, save_atomically
 from config import UserError, folder
-from data import CANDIDATES, HISTORY, LABEL, LAST, PROFILE, SPECIAL, Split, World, list_lengths, pack
+from data import CANDIDATES, HISTORY, LABEL, LAST, NONE, PROFILE, SPECIAL, Split, World, list_lengths, pack
 from model import PAD
-from prerank import FOLDS, K, MAXC, Counts, attributes, prerank
+from prerank import FOLDS, K, Counts, attributes, prerank
 
 HIST = 8                        # history items shown
 GROUPS, SEEDS = 5, 3            # the writer's groups of users (unions of folds) and seeds a group
 FIELDS = dict(                  # evidence of a candidate: name -> number of values; the trace states them
-    pos=MAXC + 1,               # 1..12, place in the pre-ranked list (its label)
+    pos=K + 1,                  # 1..10, place in the pre-ranked list (its label)
     pop=8,                      # log2 of its count
-    link=8,                     # score relative to the best of the first K: 7 = within 2^-1/4, then half an octave a level
+    link=8,                     # score relative to the best: 7 = within 2^-1/4, then half an octave a level
     via=HIST + 1,               # which history item adds most to the score: 1 = the most recent, 0 = none of the 8
     co=8,                       # log2 of the users who have both it and the most recent item, whatever the order
     links=4,                    # how many of the 8 history items link to it: 0, 1, 2, 3+
@@ -46,15 +46,15 @@ def gather_history(flat, start, end):
 
 
 def link_evidence(T, C, cnt, hist, cands, scores):
-    """Evidence that only the counts know: T link strengths, C link counts (I, I), hist (N, 8), cands, scores (N, 12)
-    -> dict of (N, 12) uint8."""
+    """Evidence that only the counts know: T link strengths, C link counts (I, I), hist (N, 8), cands, scores (N, 10)
+    -> dict of (N, 10) uint8."""
     octaves = lambda x: np.log2(np.maximum(x, 1e-9))
     weight = np.arange(1, HIST + 1) ** -1.5 * (cnt[hist] + 10.0) ** -0.3 * (hist >= 0)
-    T8 = T.numpy()[hist[:, :, None], cands[:, None]] * (hist >= 0)[:, :, None]                     # (N, 8, 12)
+    T8 = T.numpy()[hist[:, :, None], cands[:, None]] * (hist >= 0)[:, :, None]                     # (N, 8, 10)
     part = T8 * weight[:, :, None]
-    ev = dict(pos=np.broadcast_to(np.arange(1, MAXC + 1), cands.shape),
+    ev = dict(pos=np.broadcast_to(np.arange(1, K + 1), cands.shape),
               pop=np.log2(cnt[cands] + 1).clip(0, 7),
-              link=np.round(2 * octaves(scores / scores[:, :K].max(1, keepdims=True).clip(1e-30)) + 7).clip(0, 7),  # 0: no item known
+              link=np.round(2 * octaves(scores / scores.max(1, keepdims=True).clip(1e-30)) + 7).clip(0, 7),  # 0: no item known
               via=np.where(part.max(1) > 0, part.argmax(1) + 1, 0),
               co=np.floor(np.log2(C.numpy()[hist[:, :1], cands] + 1)).clip(0, 7),
               links=(T8 > 0).sum(1).clip(0, 3))
@@ -62,9 +62,9 @@ def link_evidence(T, C, cnt, hist, cands, scores):
 
 
 def attribute_evidence(attr, hist, cands):
-    """Evidence that can be read off brands and category paths. -> dict of (N, 12) uint8."""
-    h, c = attr[hist][:, :, None], attr[cands][:, None]                                            # (N, 8|1, 1|12, 4)
-    same = (h == c) & (hist >= 0)[:, :, None, None]                                                # (N, 8, 12, 4)
+    """Evidence that can be read off brands and category paths. -> dict of (N, 10) uint8."""
+    h, c = attr[hist][:, :, None], attr[cands][:, None]                                            # (N, 8|1, 1|10, 4)
+    same = (h == c) & (hist >= 0)[:, :, None, None]                                                # (N, 8, 10, 4)
     known = c[:, 0, :, 0] > 0
     n_brand = same[..., 0].sum(1)
     ev = dict(brand=np.where(known, 1 + 2 * n_brand.clip(0, 3) - (n_brand > 0) * (1 - same[:, 0, :, 0]), 0),
@@ -78,10 +78,10 @@ class Lists:
     """N candidate lists of one split."""
     user: np.ndarray        # (N,)
     hist: np.ndarray        # (N, 8) items, most recent first, -1 absent
-    cands: np.ndarray       # (N, 12) items in pre-rank order
+    cands: np.ndarray       # (N, 10) items in pre-rank order
     target: np.ndarray      # (N,) place of the true next item in cands, -1 where it is not among them
-    evidence: dict          # name -> (N, 12) uint8
-    score: np.ndarray = None  # (N, 12) float32, the writer's
+    evidence: dict          # name -> (N, 10) uint8
+    score: np.ndarray = None  # (N, 10) float32, the writer's
 
     def take(self, rows):
         return Lists(self.user[rows], self.hist[rows], self.cands[rows], self.target[rows],
@@ -89,8 +89,8 @@ class Lists:
 
 
 def make_lists(counts, attr, hybrid, flat, start, user, end, cands, target):
-    """Lists (N) of candidates (N, 12) after the first `end` items of users, whose items start at flat[start[user]], and the
-    pre-ranker's scores of the candidates with these counts (N, 12). Items beyond the counts share the counts' last row."""
+    """Lists (N) of candidates (N, 10) after the first `end` items of users, whose items start at flat[start[user]], and the
+    pre-ranker's scores of the candidates with these counts (N, 10). Items beyond the counts share the counts' last row."""
     hist, last = gather_history(flat, start[user], end), len(counts.cnt) - 1
     known = [np.minimum(x, last) for x in (hist, cands)]
     scores = prerank(counts.T, counts.cnt, np.minimum(flat, last), start[user], end, attr if hybrid else None, known[1])[1]
@@ -115,7 +115,7 @@ def prepare(seqs, items, hybrid=False):
         """Candidates after the first `end` items of users: user, end, candidates, place of the target."""
         cands = prerank(counts.T, counts.cnt, flat, start[user], end, attr if hybrid else None)[0]
         hit = cands == flat[start[user] + end][:, None]
-        keep = hit[:, :K].any(1) if only_hits else np.ones(len(user), bool)
+        keep = hit.any(1) if only_hits else np.ones(len(user), bool)
         return [x[keep] for x in (user, end, cands, np.where(hit.any(1), hit.argmax(1), -1))]
 
     lists = lambda counts, *found: make_lists(counts, attr, hybrid, flat, start, *found)
@@ -140,11 +140,11 @@ def prepare(seqs, items, hybrid=False):
         with new.without(f):
             val.append(lists(new, *(x[found[0] % FOLDS == f] for x in found))[0])
     test, scores = lists(new, *find(old, everyone, length - 1, True))
-    return joined(train), joined(val), test, np.argsort(-scores[:, :K], axis=1, kind="stable")
+    return joined(train), joined(val), test, np.argsort(-scores, axis=1, kind="stable")
 
 
 def number(evidence, fields):
-    """Numbers of combinations of values, in the order of beauty_words: dict of (N, 12) -> (N, 12)."""
+    """Numbers of combinations of values, in the order of beauty_words: dict of (N, 10) -> (N, 10)."""
     return np.ravel_multi_index([evidence[f] for f in fields], [FIELDS[f] for f in fields])
 
 
@@ -173,9 +173,9 @@ def merge_rare(lists, nearest):
 # never part of serving. It sees what a trace states, so its ranking is a function of the trace. It scores one
 # candidate at a time: any sub-list of any prefix can be ordered by it.
 
-def onehot(evidence, n=MAXC, rows=slice(None)):
-    """-> (N, n, sum of FIELDS) float"""
-    return torch.cat([F.one_hot(torch.from_numpy(evidence[f][rows, :n]).long(), size) for f, size in FIELDS.items()],
+def onehot(evidence, rows):
+    """-> (N, K, sum of FIELDS) float"""
+    return torch.cat([F.one_hot(torch.from_numpy(evidence[f][rows]).long(), size) for f, size in FIELDS.items()],
                      -1).float()
 
 
@@ -183,11 +183,11 @@ def fit_writer(train, seed=0, width=32, epochs=10, batch=256, lr=3e-3, decay=0.5
     """Fits GROUPS * SEEDS pointwise MLPs side by side; member m never learns from users of group m % GROUPS.
     -> function (N, n, D) one-hot -> (members, N, n) scores"""
     gen = torch.Generator().manual_seed(seed)
-    rows = np.flatnonzero((train.target >= 0) & (train.target < K))
+    rows = np.flatnonzero(train.target >= 0)
     if not len(rows):
         raise UserError("no training example has its target among the candidates: the data is too small to learn from")
     batch = min(batch, len(rows))
-    x, y, user = onehot(train.evidence, K, rows), torch.from_numpy(train.target[rows]), train.user[rows]
+    x, y, user = onehot(train.evidence, rows), torch.from_numpy(train.target[rows]), train.user[rows]
     members = torch.arange(GROUPS * SEEDS)
     weight = torch.from_numpy(np.bincount(user)[user] ** -0.5).float()     # so that long histories do not dominate
     weight = weight * (torch.from_numpy(user)[None] % GROUPS != members[:, None] % GROUPS)         # (members, N)
@@ -220,7 +220,7 @@ def write_scores(train, *others, **kw):
         lists.score = np.empty(lists.cands.shape, np.float32)
         for g in range(GROUPS):
             for rows in np.array_split(np.flatnonzero(group == g), 1 + (group == g).sum() // 4000):
-                s = score(onehot(lists.evidence, MAXC, rows))
+                s = score(onehot(lists.evidence, rows))
                 lists.score[rows] = (s[g::GROUPS] if lists is train else s).mean(0)
 
 
@@ -234,7 +234,7 @@ def write_scores(train, *others, **kw):
 # equal, and 20 numbers are learned several times faster than 436 brands and 227 paths.
 
 FRESH = "prerank, fresh"
-CACHE = "6"  # to be raised when the meaning of the cached arrays changes
+CACHE = "7"  # to be raised when the meaning of the cached arrays changes
 BRAND_MATCH = ["brand:unknown", "brand:0", "brand:1", "brand:1,last", "brand:2", "brand:2,last", "brand:3+", "brand:3+,last"]
 
 
@@ -242,7 +242,7 @@ def beauty_words(items, n_labels):
     """Token id -> word: template, labels, evidence values, brand and path numbers, categories of level 2."""
     values = lambda fields: itertools.product(*(map(str, range(FIELDS[f])) for f in fields))
     evidence = BRAND_MATCH + [f"{name}:{','.join(v)}" for name, fields in STATED.items() for v in values(fields)]
-    numbers = [f"{x}{i + 1}" for x in "bp" for i in range(HIST + MAXC)]
+    numbers = [f"{x}{i + 1}" for x in "bp" for i in range(HIST + K)]
     return (SPECIAL + [f"L{i + 1}" for i in range(n_labels)] + evidence + ["b?"] + numbers +
             sorted({" > ".join(p[:2]) for _, p in items}))
 
@@ -277,16 +277,16 @@ def tokenize(lists, items, words, k, width):
     copied = np.stack((said["link"], said["co"]), -1)
     candidates = np.concatenate((label[..., None], shown[:, HIST:], copied), -1)
     prompt = np.concatenate((column(HISTORY), shown[:, :HIST - 1].reshape(N, -1), column(LAST), shown[:, HIST - 1],
-                             column(CANDIDATES), np.where(listed[..., None], candidates, PAD).reshape(N, -1)), 1)
+                             column(CANDIDATES), np.where(listed[..., None], candidates, NONE).reshape(N, -1)), 1)
     match = evidence["brand"] + id_of[BRAND_MATCH[0]]
     stated = np.concatenate((np.stack((label, match, said["depth"], said["leaf"]), -1), copied), -1)
     recent = shown[:, HIST - 1::-1]  # most recent first
     profile = np.stack((column(PROFILE)[:, 0], most_frequent(recent[..., 0]), most_frequent(recent[..., 1])), 1)
-    trace = np.concatenate((profile, np.where(listed[..., None], stated, PAD).reshape(N, -1)), 1)
+    trace = np.concatenate((profile, np.where(listed[..., None], stated, NONE).reshape(N, -1)), 1)
     score = np.where(listed, lists.score[:, :K], -np.inf)
     order = np.where(listed, np.argsort(-score, axis=1, kind="stable"), -1)
     target = np.where(lists.target < k, lists.target, -1)
-    return Split(pack(prompt, left=True).astype(np.int16), pack(trace, left=False).astype(np.int16),
+    return Split(pack(prompt, left=True).astype(np.int16), trace.astype(np.int16),
                  order.astype(np.int8), target.astype(np.int8), np.where(listed, np.arange(K), -1).astype(np.int8))
 
 
@@ -300,10 +300,10 @@ def most_frequent(tokens):
 
 def beauty_world(cfg):
     """Amazon Beauty as a World; prepared once (about a minute) and cached in runs/<config>/world.pt."""
-    if cfg.max_list > MAXC or cfg.n_candidates > K:
-        raise UserError(f"on Beauty --max_list can be at most {MAXC} and --n_candidates at most {K}")
+    if cfg.n_candidates > K:
+        raise UserError(f"on Beauty --n_candidates can be at most {K}, not {cfg.n_candidates}")
     sequences, items, source, n_skipped, _ = read_beauty(cfg.data_dir)
-    key = repr([CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.max_list, cfg.vary_lists,
+    key = repr([CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.vary_lists,
                 cfg.n_train, cfg.n_val, cfg.n_test, hashlib.sha256(repr(items).encode() + b"".join(
                     s.tobytes() for s in sequences)).hexdigest()])
     path = folder(cfg, "world.pt")
@@ -351,14 +351,14 @@ def make_world(cfg, path, key, source, sequences, items, n_skipped):
     fixed = lambda lists, n: (np.arange(min(n, len(lists.user))), np.full(min(n, len(lists.user)), cfg.n_candidates))
     notes = {"users": len(sequences), "skipped_users": n_skipped, "items": len(items), "train_examples": len(train.user),
              "train_hits": int(hit.sum()), "val_hits": len(val.user), "test_hits": len(test.user)}
+    fresh = fresh[fresh < cfg.n_candidates].reshape(-1, cfg.n_candidates)
     splits = {}
     for name, lists, (rows, k) in (("train", train, (rows, list_lengths(len(rows), cfg, rng))),
                                    ("val", val, fixed(val, cfg.n_val)), ("test", test, fixed(test, cfg.n_test))):
-        splits[name] = tokenize(lists.take(rows), items, words, k, cfg.max_list)
-    fresh = np.pad(fresh[:cfg.n_test, :cfg.n_candidates], ((0, 0), (0, cfg.max_list - cfg.n_candidates)), constant_values=-1)
-    world = World(words, cfg.n_labels, *splits.values(), source, notes, {FRESH: fresh}, nearest)
+        splits[name] = tokenize(lists.take(rows), items, words, k, cfg.n_candidates)
+    world = World(words, cfg.n_labels, *splits.values(), source, notes, {FRESH: fresh[:cfg.n_test]}, nearest)
     saved = {n: [torch.from_numpy(getattr(s, f)) for f in s.__dataclass_fields__] for n, s in splits.items()}
-    saved |= {"key": key, "words": words, "notes": json.dumps(notes), "fresh": torch.from_numpy(fresh),
+    saved |= {"key": key, "words": words, "notes": json.dumps(notes), "fresh": torch.from_numpy(world.references[FRESH]),
               "nearest": [torch.from_numpy(x) for x in nearest.values()]}
     save_atomically(path, lambda p: torch.save(saved | {"digest": digest(saved)}, p))
     return world

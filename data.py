@@ -6,6 +6,11 @@ a trace is computed from what the prompt shows, so a written trace can be checke
 
     response = <profile> ... L1 e e e L2 e e e ... <answer> L4 L1 ... [EOS]
 
+A list shorter than K leaves its last places empty (<none>), in prompt and trace, so that everything stands where it stands with
+K: what a statement looks up in the prompt is always equally far away, and the answer begins at the same place of a block.
+(Without it, a model whose lists mostly have K candidates writes wrong traces for all others: toy AR, four candidates, 40 % of
+the statements are true; with it 99.7.)
+
 Two worlds share this format: the toy world (synthetic, with a Bayes oracle) and Amazon Beauty.
 """
 import dataclasses
@@ -17,8 +22,8 @@ import torch
 
 from model import EOS, PAD
 
-SPECIAL = ["[PAD]", "[MASK]", "[EOS]", "<history>", "<last>", "<candidates>", "<profile>", "<answer>"]
-HISTORY, LAST, CANDIDATES, PROFILE, ANSWER, LABEL = 3, 4, 5, 6, 7, 8  # label i is token LABEL + i
+SPECIAL = ["[PAD]", "[MASK]", "[EOS]", "<history>", "<last>", "<candidates>", "<profile>", "<answer>", "<none>"]
+HISTORY, LAST, CANDIDATES, PROFILE, ANSWER, NONE, LABEL = 3, 4, 5, 6, 7, 8, 9  # label i is token LABEL + i
 
 
 @dataclass
@@ -26,9 +31,9 @@ class Split:
     """Examples as arrays, one row each: everything a stage or the evaluation may look at."""
     prompt: np.ndarray  # (N, P) int16, left-padded
     trace: np.ndarray   # (N, T) int16, right-padded: the trace as the rule writes it from the prompt
-    order: np.ndarray   # (N, max_list) int8, labels best first by oracle or trace writer, -1 behind the list's end
+    order: np.ndarray   # (N, K) int8, labels best first by oracle or trace writer, -1 behind the list's end
     target: np.ndarray  # (N,) int8, label of the true next item, -1 if it is not in the list
-    incoming: np.ndarray  # (N, max_list) int8, labels of the candidates in pre-ranked order (0, 1, ... unless labels are random)
+    incoming: np.ndarray  # (N, K) int8, labels of the candidates in pre-ranked order (0, 1, ... unless labels are random)
 
     def __len__(self):
         return len(self.prompt)
@@ -56,7 +61,7 @@ class World:
     test: Split
     source: str         # where the data came from, for the report
     notes: dict         # measured facts about the data: counts, pre-ranker figures
-    references: dict = dataclasses.field(default_factory=dict)  # name -> (N, max_list) order of the test candidates, a row beside ours
+    references: dict = dataclasses.field(default_factory=dict)  # name -> (N, K) order of the test candidates, a row beside ours
     nearest: dict = dataclasses.field(default_factory=dict)     # beauty: how evidence is rounded, see beauty.rare
 
     @property
@@ -134,11 +139,13 @@ def parse_answers(tokens, incoming):
 
 def statements(tokens, n_labels):
     """Split one trace (a sequence of ids) into statements: each starts at <profile> or at a label. What stands before
-    the first start is a statement too (and matches nothing)."""
+    the first start is a statement too (and matches nothing). Empty places say nothing."""
     parts = []
     for token in tokens:
         if token in (PAD, ANSWER, EOS):
             break
+        if token == NONE:
+            continue
         if not parts or token == PROFILE or LABEL <= token < LABEL + n_labels:
             parts.append([])
         parts[-1].append(int(token))
@@ -188,8 +195,8 @@ def toy_oracle(counts, items, k):
 
 
 def toy_split(n, k, cfg, rng):
-    """n examples with lists of length k (n,), K = cfg.max_list columns."""
-    A, V, H, K = TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY, cfg.max_list
+    """n examples with lists of length k (n,), in K columns."""
+    A, V, H, K = TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY, cfg.n_candidates
     favourite = rng.integers(V, size=(n, 1, A))
     taken = lambda m: np.where(rng.random((n, m, A)) < TOY_Q, favourite, rng.integers(V, size=(n, m, A)))
     history, items = taken(H), rng.integers(V, size=(n, K, A))
@@ -213,22 +220,22 @@ def toy_examples(history, items, incoming, target, n_labels):
     attribute = words.index("x0") + np.arange(A) * V
     column = lambda token: np.full((n, 1), token, np.int16)
     labels = LABEL + incoming[..., None]
-    shown = np.where(listed[..., None], np.concatenate((labels, items + attribute), axis=2), PAD).reshape(n, -1)
-    prompt = pack(np.concatenate((column(HISTORY), (history + attribute).reshape(n, -1), column(CANDIDATES), shown), 1), left=True)
+    shown = np.where(listed[..., None], np.concatenate((labels, items + attribute), axis=2), NONE).reshape(n, -1)
+    prompt = np.concatenate((column(HISTORY), (history + attribute).reshape(n, -1), column(CANDIDATES), shown), 1)
     # Profile: the most frequent value of each attribute (ties: the smallest). Evidence: each of the candidate's three
     # values with how often the history has it, up to 3: x2:3. (A bare count is learned several times more slowly: the
     # value in the token is what teaches the model to look the candidate up.)
     times = counts[np.arange(n)[:, None, None], np.arange(A), items].clip(max=TOY_MOST)
     seen = words.index("x0:0") + (np.arange(A) * V + items) * (TOY_MOST + 1) + times
-    evidence = np.where(listed[..., None], np.concatenate((labels, seen), axis=2), PAD).reshape(n, -1)
-    trace = pack(np.concatenate((column(PROFILE), counts.argmax(2) + attribute, evidence), 1), left=False)
+    evidence = np.where(listed[..., None], np.concatenate((labels, seen), axis=2), NONE).reshape(n, -1)
+    trace = np.concatenate((column(PROFILE), counts.argmax(2) + attribute, evidence), 1)
     return Split(prompt.astype(np.int16), trace.astype(np.int16), order.astype(np.int8), target.astype(np.int8), incoming.astype(np.int8))
 
 
 def list_lengths(n, cfg, rng):
-    """Training list lengths (n,): K, or, for a share vary_lists, uniform in [min_list, max_list]. Without variation
+    """Training list lengths (n,): K, or, for a share vary_lists, uniform in [min_list, K]. Without variation
     the answer's length could be learned by heart, and a label out of the list could never appear."""
-    return np.where(rng.random(n) < cfg.vary_lists, rng.integers(cfg.min_list, cfg.max_list + 1, n), cfg.n_candidates)
+    return np.where(rng.random(n) < cfg.vary_lists, rng.integers(cfg.min_list, cfg.n_candidates + 1, n), cfg.n_candidates)
 
 
 def toy_world(cfg):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-K, MAXC = 10, 12  # candidates evaluated, candidates kept for training lists
-FOLDS = 20        # user folds of the counts
+K = 10      # candidates kept
+FOLDS = 20  # user folds of the counts
 
 
 def link_pairs(parts):
@@ -39,10 +39,10 @@ def attributes(items):
 
 
 def prerank(T, cnt, flat, start, end, attr=None, among=None):
-    """Top MAXC next items after flat[start : start + end] for N examples.
+    """Top K next items after flat[start : start + end] for N examples.
     score(j) = sum_{k=1..50} k^-1.5 (cnt[h_-k] + 10)^-0.3 T[h_-k, j], seen items excluded.
-    T (I, I); cnt (I,); start, end (N,); attr: attributes(), for the hybrid -> items (N, MAXC), scores (N, MAXC).
-    among (N, MAXC): the scores of these items instead, as they stand."""
+    T (I, I); cnt (I,); start, end (N,); attr: attributes(), for the hybrid -> items (N, K), scores (N, K).
+    among (N, K): the scores of these items instead, as they stand."""
     cands, scores = [], []
     spread = (cnt + 10.0) ** -0.3
     for a in range(0, max(1, len(end)), 1000):
@@ -67,9 +67,9 @@ def prerank(T, cnt, flat, start, end, attr=None, among=None):
         if among is not None:
             cands.append(among[a:a + 1000]); scores.append(S.numpy()[np.arange(len(n))[:, None], cands[-1]])
             continue
-        top, idx = (x.numpy() for x in S.topk(4 * MAXC))
+        top, idx = (x.numpy() for x in S.topk(4 * K))
         tie = np.round(np.log2(np.maximum(top, 1e-9)) * 4096)  # scores equal up to rounding are ties ...
-        order = np.lexsort((idx, -cnt[idx], -tie))[:, :MAXC]   # ... broken by popularity, then by permuted id
+        order = np.lexsort((idx, -cnt[idx], -tie))[:, :K]   # ... broken by popularity, then by permuted id
         cands.append(np.take_along_axis(idx, order, 1)); scores.append(np.take_along_axis(top, order, 1))
     return np.concatenate(cands), np.concatenate(scores)
 

@@ -3,7 +3,7 @@
     python rerank.py --config small --requests requests.jsonl > ranked.jsonl     # --requests -: the standard input
 
 A line is a request: {"history": [...], "candidates": [...]}, with an "id" (string or integer) if you like; the history oldest
-first, the candidates in their incoming order, min_list to max_list of them (trained on n_candidates, rarely on others). An item is
+first, the candidates in their incoming order, min_list to n_candidates of them. An item is
 
     Beauty  an item id of items.tsv (integer or string), or an asin, or {"brand": "...", "categories": "A > B > C"} for an item
             that the data does not know: it has no links and no popularity; A > B must be known, the brand may be ""
@@ -60,8 +60,8 @@ def read_request(line, item, cfg):
                         f"found {reprlib.repr(request)}")
     history, candidates = ([item(x) for x in request[key]] for key in ("history", "candidates"))
     n, shortest = len(candidates), TOY_HISTORY if cfg.world == "toy" else 1
-    if len(history) < shortest or not cfg.min_list <= n <= cfg.max_list:
-        raise UserError(f"the history must have at least {shortest} items, the list of candidates {cfg.min_list} to {cfg.max_list}: "
+    if len(history) < shortest or not cfg.min_list <= n <= cfg.n_candidates:
+        raise UserError(f"the history must have at least {shortest} items, the list of candidates {cfg.min_list} to {cfg.n_candidates}: "
                         f"here they have {len(history)} and {n}")
     for i, j in itertools.combinations(range(n), 2):
         if candidates[i] == candidates[j] and isinstance(candidates[i], int):  # two items may well be described alike
@@ -77,8 +77,8 @@ def toy(cfg, world):
         return tuple(x)
 
     def examples(histories, candidates):
-        items = np.array([(c + c[:1] * cfg.max_list)[:cfg.max_list] for c in candidates])
-        place = np.arange(cfg.max_list)
+        items = np.array([(c + c[:1] * cfg.n_candidates)[:cfg.n_candidates] for c in candidates])
+        place = np.arange(cfg.n_candidates)
         incoming = np.where(place < np.array([len(c) for c in candidates])[:, None], place, -1)
         history = np.array([h[-TOY_HISTORY:] for h in histories])
         return toy_examples(history, items, incoming, np.full(len(items), -1), cfg.n_labels)
@@ -89,7 +89,7 @@ def toy(cfg, world):
 def beauty(cfg, world):
     """The same on Beauty. The evidence is that of test users: it counts all but the last item of every sequence of the data."""
     from beauty import make_lists, merge_rare, tokenize
-    from prerank import MAXC, Counts, attributes
+    from prerank import K, Counts, attributes
     sequences, items, _, _, names = read_beauty(cfg.data_dir)
     counts = Counts(sequences, len(items) + (not cfg.hybrid), 1)  # the last row is that of all items the data does not know
     categories = {path[:2] for _, path in items}
@@ -110,13 +110,13 @@ def beauty(cfg, world):
         new = list(dict.fromkeys(x for x in itertools.chain(*histories, *candidates) if isinstance(x, tuple)))
         place = {x: len(items) + i for i, x in enumerate(new)}
         numbers = lambda rows: [np.array([place.get(x, x) for x in row]) for row in rows]
-        cands = np.stack(numbers((c + c[:1] * MAXC)[:MAXC] for c in candidates))  # filled up with the first: no maximum changes
+        cands = np.stack(numbers((c + c[:1] * K)[:K] for c in candidates))  # filled up with the first: no maximum changes
         k, end = (np.array([len(x) for x in rows]) for rows in (candidates, histories))
         lists, _ = make_lists(counts, attributes(items + new), cfg.hybrid, np.concatenate(numbers(histories)),
                               np.cumsum(end) - end, np.arange(len(k)), end, cands, np.full(len(k), -1))
         merge_rare(lists, world.nearest)
         lists.score = np.zeros(cands.shape)  # no ranking is known
-        return tokenize(lists, items + new, world.words, k, cfg.max_list)
+        return tokenize(lists, items + new, world.words, k, cfg.n_candidates)
 
     return item, examples
 

@@ -133,6 +133,9 @@ def read_prompt(words):
     middle = words.index("<candidates>")
     items = lambda part: [[(w[0], int(w[1:])) for w in part[i:i + 3]] for i in range(0, len(part), 3)]
     shown = words[middle + 1:]
+    empty = shown.count("<none>")  # four words a place, at the list's end
+    assert empty % 4 == 0 and shown[len(shown) - empty:] == ["<none>"] * empty
+    shown = shown[:len(shown) - empty]
     labels, rest = shown[::4], [w for i, w in enumerate(shown) if i % 4]
     return items(words[1:middle]), items(rest), labels
 
@@ -149,7 +152,7 @@ def test_the_trace_follows_from_the_prompt_alone(world):
         expected = ["<profile>"] + [a + str(max(range(TOY_VALUES), key=lambda v: (count(a, v), -v))) for a in "xyz"]
         for label, item in zip(labels, candidates):
             expected += [label] + [f"{a}{v}:{min(count(a, v), 3)}" for a, v in item]
-        assert text(world, split.trace[n]) == expected
+        assert text(world, split.trace[n]) == expected + ["<none>"] * 4 * (CFG.n_candidates - len(labels))
 
 
 def bayes(history, candidates):
@@ -189,7 +192,7 @@ def test_equal_evidence_is_ranked_as_it_came(world):
 
 
 def test_targets_are_drawn_from_the_oracle_posterior():
-    split = toy_split(1500, np.full(1500, 4), replace(CFG, max_list=5), np.random.default_rng(0))
+    split = toy_split(1500, np.full(1500, 4), replace(CFG, n_candidates=5), np.random.default_rng(0))
     words = np.array(toy_words(CFG.n_labels))
     best, hits = split.order[:, 0], split.order[:, 0] == split.target
     p = np.array([bayes(*read_prompt(list(words[row[row != PAD]]))[:2])[b] for row, b in zip(split.prompt[:200], best)])
@@ -250,6 +253,6 @@ def test_responses_by_hand():
 def test_list_lengths_vary_for_the_given_share_over_the_whole_range():
     lengths = lambda share: list_lengths(4000, replace(CFG, vary_lists=share), np.random.default_rng(0))
     assert (lengths(0.0) == CFG.n_candidates).all()
-    share = np.bincount(lengths(1.0), minlength=CFG.max_list + 1)[CFG.min_list:] / 4000
+    share = np.bincount(lengths(1.0), minlength=CFG.n_candidates + 1)[CFG.min_list:] / 4000
     assert share.sum() == 1 and np.abs(share - 0.2).max() < 0.03
     assert abs((lengths(0.3) != CFG.n_candidates).mean() - 0.3 * 0.8) < 0.03
