@@ -1,4 +1,4 @@
-"""Four questions that the table of evaluate.py leaves open, asked of a finished run.
+"""Five questions that the table of evaluate.py leaves open, asked of a finished run.
 
     python analyse.py --config toy      # 2 minutes on 2 CPU cores
     python analyse.py --config small    # Amazon Beauty, 4 minutes
@@ -7,6 +7,7 @@
 2. Which failure where? Duplicates by place in the answer, dropped labels by place in the incoming list.
 3. Does the trace matter? Two candidates exchange their evidence in the finished trace; does the ranking change?
 4. How tight is the likelihood bound? Nats a token at several block sizes, before and after the conversion.
+5. What about shorter lists? The first candidates alone, down to the shortest list of training.
 Writes analysis.json and analysis.md beside the report; --seed picks the conversion.
 """
 import dataclasses
@@ -17,9 +18,9 @@ import torch
 
 from common import decode_split, device_of, finished_stages, generator, save_atomically, script, serve
 from config import UserError, folder
-from data import LABEL, load_world, parse_answers, tensors
+from data import LABEL, NONE, load_world, parse_answers, tensors
 from diffusion import diffusion_loss
-from evaluate import ranking_metrics
+from evaluate import ranking_metrics, score, score_order, stage_decoder
 from model import PAD
 
 
@@ -106,6 +107,34 @@ def bound(cfg, model, prompt, response, block_size, draws=16):
     return sum(losses) / len(losses)
 
 
+def shorter(split, k):
+    """The examples whose target is among the first k candidates, cut to these: -> Split. Labels must be places in the list."""
+    cut = split.take(np.flatnonzero((split.target >= 0) & (split.target < k)))
+    cut = dataclasses.replace(cut, prompt=cut.prompt.copy(), trace=cut.trace.copy(), incoming=cut.incoming.copy())
+    stride = int((split.trace[0] == LABEL + 1).argmax() - (split.trace[0] == LABEL).argmax())  # tokens a candidate
+    for tokens in (cut.prompt, cut.trace):  # candidates end both
+        tokens[:, tokens.shape[1] - stride * (cut.incoming.shape[1] - k):] = NONE
+    cut.incoming[:, k:] = -1
+    listed = (cut.order >= 0) & (cut.order < k)
+    cut.order = np.where(np.arange(len(listed[0])) < k, np.take_along_axis(cut.order, np.argsort(~listed, 1, kind="stable"), 1), -1)
+    return cut
+
+
+def lengths(cfg, world, model, stage):
+    """[{k, users, valid, faithful, gain, reference_gain}] for lists of k candidates: gains in strict N@10 over the incoming order."""
+    out = []
+    for k in range(cfg.min_list, cfg.n_candidates + 1):
+        split = shorter(world.test, k)
+        if not len(split):
+            continue
+        tokens, _ = decode_split(cfg, split, stage_decoder(cfg, world, model, stage, cfg.tau), "lengths")
+        got, reference, before = score(world, split, tokens), score_order(split, split.order), score_order(split, split.incoming)
+        gain = lambda scores: (scores["strict ndcg@10"] - before["strict ndcg@10"]).mean()
+        out.append({"k": k, "users": len(split), "valid": got["valid"].mean(), "faithful": got["faithful"].mean(),
+                    "gain": gain(got), "reference_gain": gain(reference)})
+    return out
+
+
 def main(cfg):
     world, out = load_world(cfg), {}
     models = {s: model for s, (model, _) in finished_stages(cfg, world).items()}
@@ -126,6 +155,7 @@ def main(cfg):
         row["falsified"] = falsified(cfg, few, model, tokens[:users], B)
         row["answer_steps"] = answer_steps(cfg, few, model, tokens[:users]) if B > 1 else None
         row["bound"] = {b: bound(cfg, model, prompt, response, b) for b in (1, 4, 8, 16)}
+        row["lengths"] = lengths(cfg, few, model, stage)
     # the naive conversion decodes the answer behind the AR teacher's own trace
     out["naive"] = {"answer_steps": answer_steps(cfg, few, models["ar"], traces)}
     text = markdown(out)
@@ -135,7 +165,7 @@ def main(cfg):
 
 
 def markdown(out):
-    """Four tables."""
+    """Five tables."""
     table = lambda head, rows: ["| " + " | ".join(map(str, head)) + " |", "|---" * len(head) + "|",
                                 *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
     percent, stages = lambda v: f"{100 * v:.1f} %", [s for s in out if s != "naive"]
@@ -157,6 +187,11 @@ def markdown(out):
                     for s, f in ((s, out[s]["falsified"]) for s in stages)])
     lines += ["## Likelihood bound", "", "Nats a token of the reference responses; at B = 1 exact, the AR likelihood.", ""]
     lines += table(["weights", *(f"B = {b}" for b in out["ar"]["bound"])], [[s, *(f"{v:.4f}" for v in out[s]["bound"].values())] for s in stages])
+    lines += ["## Shorter lists", "", "The first candidates alone, for users whose target is among them: valid, faithful, gain in strict N@10 over the "
+              "incoming order (the reference order's gain).", ""]
+    lines += table(["candidates", "users", *stages], [[row["k"], row["users"], *(
+        f"{percent(r['valid'])}, {percent(r['faithful'])}, {r['gain']:+.3f} ({r['reference_gain']:+.3f})" for r in (out[s]["lengths"][i] for s in stages))]
+        for i, row in enumerate(out["ar"]["lengths"])])
     return "\n".join(lines)
 
 

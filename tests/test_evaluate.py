@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 
+from analyse import shorter
 from config import parse_args
-from data import ANSWER, LABEL, Split, World
+from data import ANSWER, LABEL, TOY_HISTORY, Split, World, toy_examples
 from evaluate import METRICS, average, make_row, paired_bootstrap, ranking_metrics, score, score_order
 from model import EOS, PAD
 
@@ -80,3 +81,14 @@ def test_the_help_names_every_setting(capsys):
         parse_args("what it does", ["--help"])
     out = capsys.readouterr().out
     assert "what it does" in out and "block_size: int = 16" in out and "rl_eps_high" in out
+
+
+def test_a_list_cut_short_is_the_list_of_its_first_candidates():
+    rng, n, K, k = np.random.default_rng(0), 200, 8, 5
+    history, items, target = rng.integers(5, size=(n, TOY_HISTORY, 3)), rng.integers(5, size=(n, K, 3)), rng.integers(K, size=n)
+    incoming = np.tile(np.arange(K), (n, 1))
+    cut = shorter(toy_examples(history, items, incoming, target, 16), k)
+    want = toy_examples(history, items, np.where(incoming < k, incoming, -1), target, 16).take(np.flatnonzero(target < k))
+    assert len(cut) == len(want) > 50
+    for field in cut.__dataclass_fields__:
+        assert np.array_equal(getattr(cut, field), getattr(want, field)), field
