@@ -53,7 +53,6 @@ LINES = {
         "softer teacher": dict(opd_temperature=2.0),
         "cut behind a wrong label": dict(opd_cut=True),
         "greedy roll-outs": dict(opd_rollout_temperature=0.0),
-        "greedy and own tokens accepted": dict(opd_rollout_temperature=0.0, opd_accept=0.3, opd_divergence="forward", opd_tau=0.98),
         "labels to the right not excluded": dict(opd_exclude=False),
         "greedy and not excluded: plain OPD": dict(opd_rollout_temperature=0.0, opd_exclude=False),
         "off-policy: teacher's text": dict(opd_source="teacher"),

@@ -61,7 +61,7 @@ def main(cfg):
     run = Run(cfg, "ar", model, world)
     for step in run.steps():
         gen = generator(cfg, "ar", step)
-        prompt, response = tensors(world.train, draw_batch(world.train.k, cfg.batch_size, gen), device)
+        prompt, response = tensors(world.train, draw_batch(len(world.train), cfg.batch_size, gen), device)
         weight = token_weights(response, cfg.answer_weight)
         # In half of the examples at the end, in none at the start: a model that does not yet know the order learns it late, or
         # never, from orders that are broken (toy: exact answers .40 with half from the start, .60 like this, .61 with none).

@@ -11,11 +11,12 @@ teacher's weights, with the answer weighted above the trace.
 import hashlib
 import os
 
+import numpy as np
 import torch
 
 from common import (Run, checkpoint_path, decode_split, device_of, draw_batch, gathered, generator, half, load_stage,
                     load_tensors, mine, save_atomically, script, serve, start_from, valid_rate)
-from data import ANSWER, load_world, tensors
+from data import ANSWER, load_world, parse_answers, tensors
 from diffusion import diffusion_loss
 from model import PAD, ar_decode
 from train_ar import misplaced, token_weights
@@ -23,7 +24,7 @@ from train_ar import misplaced, token_weights
 
 def teacher_outputs(cfg, world, teacher):
     """Greedy responses of the AR teacher to the first `cft_prompts` training prompts, decoded once and kept beside its
-    checkpoint, for all conversions of this teacher.
+    checkpoint, for all conversions of this teacher. Where its answer is invalid, the reference stands in.
 
     Returns tokens (n, max_response) int64, right-padded. With cft_gold the reference responses instead.
     """
@@ -38,7 +39,10 @@ def teacher_outputs(cfg, world, teacher):
     fits = isinstance(tokens, torch.Tensor) and tokens.dtype == torch.int64 and tokens.shape[1:] == (world.max_response,)
     if not fits or len(tokens) < n or tokens.min() < 0 or tokens.max() >= len(world.words):
         decoder = lambda prompt, rows: ar_decode(teacher, prompt, world.max_response)[::2]  # tokens, forwards
-        tokens, _ = decode_split(cfg, world.train.take(slice(0, n)), decoder, "teacher outputs")
+        split = world.train.take(slice(0, n))
+        tokens, _ = decode_split(cfg, split, decoder, "teacher outputs")
+        reference = np.pad(split.response, ((0, 0), (0, tokens.shape[1] - split.response.shape[1])), constant_values=PAD)
+        tokens = np.where(parse_answers(tokens, split.incoming).valid[:, None], tokens, reference)
         saved = {"made_by": made_by, "tokens": torch.from_numpy(tokens)}
         save_atomically(path, lambda p: torch.save(saved, p))
     return saved["tokens"][:n]
@@ -62,7 +66,7 @@ def answer_blocks(response, block_size, times):
 
 def cft_loss(cfg, world, model, outputs, gen):
     """The loss of one batch drawn from the teacher's outputs; also the anchor of OPD and RL."""
-    rows, device = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen), device_of(cfg)
+    rows, device = draw_batch(len(outputs), cfg.batch_size, gen), device_of(cfg)
     prompt, _ = tensors(world.train, rows, device)
     response = outputs[rows].to(device)
     response = response[:, :int((response != PAD).sum(1).max())]

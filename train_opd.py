@@ -12,8 +12,6 @@ limit the harm that this can do (ablations.py has lines without):
   - a state in which two labels are open weighs as much as one with ten: collisions happen there.
 The CFT loss stays in the mix as an anchor.
 """
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,7 +50,7 @@ def rollout(cfg, world, student, outputs, gen, own):
     With opd_source="teacher" the text is the teacher's and the states are random: a token's commit step is its place in a
     random order of its block, the first slot's 0.
     """
-    rows, device = draw_batch(world.train.k[:len(outputs)], cfg.batch_size, gen)[mine(cfg.batch_size)], device_of(cfg)
+    rows, device = draw_batch(len(outputs), cfg.batch_size, gen)[mine(cfg.batch_size)], device_of(cfg)
     prompt, _ = tensors(world.train, rows, device)
     if cfg.opd_source == "student":
         decoded = block_decode(student, prompt, world.max_response, cfg.block_size, "independent", cfg.opd_tau,
@@ -76,8 +74,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
         committed  those that the sampler committed there, or
         next       the leftmost masked one, the only one whose left context the teacher and the student share;
     and the first token of a block, from the clean stream. The target for token i is the teacher's AR distribution at i-1 on
-    the student's finished text, or, with opd_accept, the student's own token where the teacher accepts it; nothing behind the
-    first [EOS] counts.
+    the student's finished text; nothing behind the first [EOS] counts.
     """
     B, (N, R) = cfg.block_size, decoded.tokens.shape
     block = torch.cat((every_block(decoded.tokens, B), answer_blocks(decoded.tokens, B, cfg.opd_answer_states)), 1)  # (N, M)
@@ -101,12 +98,6 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
         target = full_precision(teacher.logits(hidden_t)) / cfg.opd_temperature  # (scored, V)
         if cfg.opd_exclude:
             target = target.masked_fill(labels_shown(noised, of_block(in_answer(decoded.tokens)), n_labels, target.shape[1])[scored], -1e4)
-        if cfg.opd_accept < 1:
-            # Of two labels that are about as good the student may take either, as long as it knows which: the token that it wrote
-            # is the whole target where the teacher finds it nearly as likely as its best.
-            own = of_block(decoded.tokens)[scored][:, None]  # (scored, 1)
-            accepted = target.gather(1, own) > target.amax(1, keepdim=True) + math.log(cfg.opd_accept)
-            target = torch.where(accepted, torch.full_like(target, -1e4).scatter(1, own, 0.0), target)
     distance = divergence(full_precision(student.logits(hidden[scored])), target, cfg.opd_divergence, cfg.opd_beta)
     # A state in which few tokens are left weighs as much as one with many (as 1/t does in the CFT loss): there the last
     # labels must be told from those that are taken. Nor do more states of a block make it weigh more.

@@ -63,7 +63,7 @@ def rollout(cfg, world, model, candidates, gen, own):
 
     Returns prompt (N, P), Decoded, rewards (G, n) and figures for the log; N = G * n, a group's rows are adjacent.
     """
-    rows = candidates[draw_batch(world.train.k[candidates], cfg.rl_prompts, gen)[mine(cfg.rl_prompts)]].repeat(cfg.rl_group)
+    rows = candidates[draw_batch(len(candidates), cfg.rl_prompts, gen)[mine(cfg.rl_prompts)]].repeat(cfg.rl_group)
     prompt, _ = tensors(world.train, rows, device_of(cfg))
     decoded = block_decode(model, prompt, world.max_response, cfg.block_size, "independent", cfg.rl_tau, cfg.rl_temperature,
                            own, clash=DRAWN_CLASH)
@@ -105,7 +105,9 @@ def update(cfg, world, model, outputs, prompt, decoded, rewards, gen, run):
         loss, ratio = policy_loss(logp, old_logp, advantage, token_mask, cfg.rl_eps_low, cfg.rl_eps_high, n_tokens)
         anchor = cfg.rl_anchor * cft_loss(cfg, world, model, outputs, gen) if cfg.rl_anchor else 0.0
         log |= run.update(loss + anchor)
-    return log | {"policy_loss": total(loss).item(), "ratio_off": mean((ratio.detach() - 1).abs()), "sampled_nats": mean(-decoded.logp)}
+    ratio = ratio.detach()
+    clipped = (ratio < 1 - cfg.rl_eps_low) | (ratio > 1 + cfg.rl_eps_high)
+    return log | {"policy_loss": total(loss).item(), "ratio_off": mean((ratio - 1).abs()), "clipped": mean(clipped), "sampled_nats": mean(-decoded.logp)}
 
 
 def main(cfg):

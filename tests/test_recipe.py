@@ -56,7 +56,7 @@ def checkpoint(run_dir, stage, config="toy"):
     (["--block_size", "-3"], "--block_size must be at least 1"),
     (["--commit", "all"], "--commit must be one of independent, threshold, factor, steps"),
     (["--d_model", "18", "--n_head", "4"], "--d_model must be a multiple"),
-    (["--max_list", "4"], "list lengths must satisfy"),
+    (["--min_list", "9"], "list lengths must satisfy"),
     (["--world", "beauty", "--data_dir", "nowhere"], "there is no folder nowhere"),
 ])
 def test_bad_settings_are_refused_in_one_sentence(options, expected, monkeypatch, capsys, tmp_path):

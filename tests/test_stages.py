@@ -42,10 +42,9 @@ class SGD:
         return {}
 
 
-def test_a_batch_has_lists_of_one_length_and_every_row_is_as_likely():
-    k = np.array([8, 8, 6, 8, 7, 8, 6, 8], np.int8)
-    batches = [draw_batch(k, 5, gen(seed)) for seed in range(2000)]
-    assert all(len(set(k[rows])) == 1 and len(rows) == 5 for rows in batches)
+def test_every_row_of_a_batch_is_as_likely():
+    batches = [draw_batch(8, 5, gen(seed)) for seed in range(2000)]
+    assert all(len(rows) == 5 for rows in batches)
     assert np.abs(np.bincount(np.concatenate(batches), minlength=8) / 10000 - 1 / 8).max() < 0.03
 
 
@@ -195,23 +194,8 @@ def test_more_states_of_the_answer_weigh_as_one_and_answer_tokens_by_their_weigh
         close(opd_loss(cfg, student, teacher, words(1, 3), decoded, gen()), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("accept", [1e-30, 0.9])
-def test_a_token_of_the_students_that_the_teacher_accepts_is_the_whole_target(accept):
-    student, teacher = tiny_gpt(3), tiny_gpt(0)
-    tokens = torch.tensor([[3, 4, 5, 6, 4, 5, 8, 9]])
-    decoded = Decoded(tokens, tokens, torch.zeros_like(tokens), torch.zeros(1, 8), None)
-    target = teacher.logits(causal_hidden(teacher, words(1, 3), tokens))[0]
-    logits = student.logits(stream_hidden(student, words(1, 3), tokens, torch.full((1, 1, 8), MASK), 4)[0, 0])
-    p = target.softmax(-1)
-    accepted = [p[i, t].item() > accept * p[i].max().item() for i, t in enumerate(tokens[0].tolist())]
-    assert all(accepted) if accept < 0.1 else not all(accepted)
-    each = [-logits[i].log_softmax(-1)[tokens[0, i]] if accepted[i] else divergence(logits[i], target[i], "forward") for i in range(8)]
-    cfg = replace(CFG, block_size=4, answer_weight=1.0, opd_divergence="forward", opd_accept=accept)
-    close(opd_loss(cfg, student, teacher, words(1, 3), decoded, gen()), sum(each) / 8, atol=1e-5)
-
-
 def test_labels_that_a_state_shows_are_no_target():
-    L, A = 8, 7
+    L, A = LABEL, ANSWER
     noised = torch.tensor([[[L, A, L + 2, MASK], [MASK, L + 1, MASK, 3]]])  # two states; L before <answer> belongs to the trace
     answer = torch.tensor([[[False, False, True, True], [True, True, True, True]]])
     out = train_opd.labels_shown(noised, answer, 4, L + 6)
@@ -222,7 +206,7 @@ def test_labels_that_a_state_shows_are_no_target():
 
 
 def test_what_stands_behind_a_repeated_label():
-    L, A = 8, 7
+    L, A = LABEL, ANSWER
     tokens = torch.tensor([[L, L, A, L, L + 1, L, L + 2, EOS], [L, L, A, L, L + 1, L + 2, EOS, PAD]])  # labels in a trace repeat freely
     assert train_opd.behind_a_wrong_label(tokens, 4).int().tolist() == [[0, 0, 0, 0, 0, 0, 1, 1], [0] * 8]
 
@@ -317,7 +301,8 @@ def test_importance_ratio_is_one_before_the_first_update_and_not_after_it(B):
     assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model, 0.1))["replay_off"] < 1e-9
     assert train_rl.update(cfg, None, model, None, prompt, decoded, rewards, None, SGD(model))["replay_off"] > 1e-3
     twice = replace(cfg, rl_epochs=2)
-    assert train_rl.update(twice, None, model, None, prompt, decoded, rewards, None, SGD(model))["ratio_off"] > 1e-3
+    log = train_rl.update(twice, None, model, None, prompt, decoded, rewards, None, SGD(model))
+    assert log["ratio_off"] > 1e-3 and 0 <= log["clipped"] < 1
 
 
 @pytest.mark.parametrize("B", [1, 2, 4])
