@@ -130,34 +130,36 @@ def stage_decoder(cfg, world, model, stage, tau):
 
 # --- Speed: always against the AR decode of the same run -------------------------------------------------------------------
 
-def speed(cfg, world, teacher, student, batch, max_len=None):
-    """Tokens/s of AR and block decoding in alternating runs on the same prompts, for about eval_speed_seconds.
+def in_turn(jobs, seconds):
+    """Run jobs {name: f(round) -> tokens (N, R)} in turn for about so many seconds, at least one round after the first, which warms
+    up; every other round in reverse order -> {name: (rounds, 2) seconds and tokens}, {name: [tokens]}."""
+    taken, texts, start, i = {name: [] for name in jobs}, {name: [] for name in jobs}, time.perf_counter(), 0
+    while i < 2 or time.perf_counter() - start < seconds:
+        for name in list(jobs)[::1 - 2 * (i % 2)]:
+            t = time.perf_counter()
+            out = jobs[name](i)
+            n = int((out != PAD).sum())  # waits for the GPU too
+            if i > 0:
+                taken[name].append((time.perf_counter() - t, n)), texts[name].append(out)
+        i += 1
+    return {name: np.array(rows) for name, rows in taken.items()}, texts
 
-    Returns {"ar": tokens/s, "block": tokens/s, "ratio": block / ar, "ar_ms", "block_ms": milliseconds a batch}; generated
-    tokens only, wall time of the whole decode, the prompt's forward included.
+
+def speed(cfg, world, teacher, student, batch, max_len=None):
+    """Tokens/s of AR and block decoding in turn on the same prompts, other ones every round, for about eval_speed_seconds.
+
+    Returns {"ar": tokens/s, "block": tokens/s, "ratio": block / ar, "ar_ms", "block_ms": milliseconds a batch}, medians over the
+    rounds; generated tokens only, wall time of the whole decode, the prompt's forward included.
     """
     if RANK:  # the first process measures and reports
         return dict.fromkeys(("ar", "block", "ratio", "ar_ms", "block_ms"), 0.0)
-    max_len, device = max_len or world.max_response, device_of(cfg)
-    seconds, tokens, start, i = [0.0, 0.0], [0, 0], time.perf_counter(), 0
-    decoders = (lambda p: ar_decode(teacher, p, max_len)[0],
-                lambda p: serve(cfg, student, p, max_len).tokens)
-    while i < 2 or time.perf_counter() - start < cfg.eval_speed_seconds:
-        rows = np.arange(i * batch, (i + 1) * batch) % len(world.test)
-        prompt, _ = tensors(world.test, rows, device)
-        for j, decode in enumerate(decoders):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            t = time.perf_counter()
-            out = decode(prompt)
-            n = int((out != PAD).sum())  # waits for the GPU too
-            if i > 0:  # the first round warms up
-                seconds[j] += time.perf_counter() - t
-                tokens[j] += n
-        i += 1
-    ar, block = (n / s for n, s in zip(tokens, seconds))
-    ar_ms, block_ms = (1000 * s / (i - 1) for s in seconds)
-    return {"ar": ar, "block": block, "ratio": block / ar, "ar_ms": ar_ms, "block_ms": block_ms}
+    max_len = max_len or world.max_response
+    prompt = lambda i: tensors(world.test, np.arange(i * batch, (i + 1) * batch) % len(world.test), device_of(cfg))[0]
+    taken, _ = in_turn({"ar": lambda i: ar_decode(teacher, prompt(i), max_len)[0],
+                        "block": lambda i: serve(cfg, student, prompt(i), max_len).tokens}, cfg.eval_speed_seconds)
+    rate = {name: t[:, 1] / t[:, 0] for name, t in taken.items()}
+    return {"ratio": float(np.median(rate["block"] / rate["ar"])), **{name: float(np.median(r)) for name, r in rate.items()},
+            **{f"{name}_ms": float(np.median(1000 * t[:, 0])) for name, t in taken.items()}}
 
 
 # --- The report ------------------------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 from common import (decode_split, device_of, last_student, load_stage, new_model, save_atomically, script, serve,  # noqa: E402
                     start_from)
 from config import folder  # noqa: E402
-from data import ANSWER, LABEL, PROFILE, load_world, tensors  # noqa: E402
+from data import ANSWER, LABEL, NONE, PROFILE, load_world, tensors  # noqa: E402
 from sampler import block_decode  # noqa: E402
-from evaluate import device_name, parse_beside, score, stage_decoder  # noqa: E402
+from evaluate import device_name, in_turn, parse_beside, score, stage_decoder  # noqa: E402
 from model import EOS, GPT, PAD, KVCache, ar_decode  # noqa: E402
 import peers  # noqa: E402
 
@@ -34,21 +34,6 @@ BATCHES, LENGTHS, BLOCKS = (1, 4, 16, 64, 256), (64, 128, 256, 512, 1024), (4, 8
 
 
 # --- Clocks ----------------------------------------------------------------------------------------------------------------
-
-def in_turn(jobs, seconds):
-    """Run jobs {name: f(round) -> tokens (N, R)} in turn for about so many seconds, at least one round after the first, which warms
-    up; every other round in reverse order -> {name: (rounds, 2) seconds and tokens}, {name: [tokens]}."""
-    taken, texts, start, i = {name: [] for name in jobs}, {name: [] for name in jobs}, time.perf_counter(), 0
-    while i < 2 or time.perf_counter() - start < seconds:
-        for name in list(jobs)[::1 - 2 * (i % 2)]:
-            t = time.perf_counter()
-            out = jobs[name](i)
-            n = int((out != PAD).sum())  # waits for the GPU too
-            if i > 0:
-                taken[name].append((time.perf_counter() - t, n)), texts[name].append(out)
-        i += 1
-    return {name: np.array(rows) for name, rows in taken.items()}, texts
-
 
 def ratio(taken, a, b):
     """Median over rounds of (seconds a token of a) / (seconds a token of b)."""
@@ -88,7 +73,7 @@ def evidence_tokens(tokens, n_labels):
     <profile> stand where the prompt's order puts them, so a decoder gets them for nothing."""
     before = np.cumsum((tokens == ANSWER) | (tokens == EOS), axis=1) == 0
     label = (tokens >= LABEL) & (tokens < LABEL + n_labels)
-    return (before & ~label & (tokens != PROFILE) & (tokens != PAD)).sum(1)
+    return (before & ~label & ~np.isin(tokens, (PROFILE, NONE, PAD))).sum(1)
 
 
 def counts(cfg, world, model, users=None):
