@@ -35,6 +35,9 @@ def script(main, doc):
         main(cfg)
         if RANKS > 1:
             dist.destroy_process_group()
+    except BrokenPipeError:  # who reads, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:  # OSError: what the disk says (full, gone, read-only)
         time.sleep(3 * (RANK > 0))  # what all processes find is said once: torchrun ends the others when the first has ended
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -6,6 +6,9 @@
 Plain next-token cross-entropy on the response, with the few answer tokens weighted above the many trace tokens (GR2,
 arXiv 2602.07774: lambda_answer > lambda_trace). Traces are written by rule from the prompt, answers by the oracle (toy)
 or by a learned scorer that exists only to write training data (Beauty).
+
+Logged in metrics.jsonl: loss; trace_nats, answer_nats (mean -log p of a token, unweighted); now and then valid (share of valid
+answers) and match (share of tokens as in the reference) of 64 validation users.
 """
 import torch
 import torch.nn.functional as F

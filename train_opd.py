@@ -11,6 +11,9 @@ limit the harm that this can do (ablations.py has lines without):
     taken out of the target;
   - a state in which two labels are open weighs as much as one with ten: collisions happen there.
 The CFT loss stays in the mix as an anchor.
+
+Logged: loss (both terms); divergence alone; rollout_valid (share of valid answers in the roll-out, sampled); valid and
+tokens_per_forward as in CFT.
 """
 import numpy as np
 import torch

@@ -10,6 +10,11 @@ The CFT loss stays in the mix as an anchor, where others put a KL to the referen
 distributions (that alone makes sampled answers more often valid); then more slots pass the confidence threshold at once,
 and the served answers collide: on the toy, valid fell from .98 to .78 while tokens a forward rose from 6.4 to 8.1. No
 gradient tells the model so, since the choice of positions is held fixed in the likelihood.
+
+Logged: reward, sampled_valid, copied (mean reward, shares of valid answers and of copied lists in the roll-out); signal (share of
+groups whose rewards differ); replay_off (mean |log-probability replayed - recorded|: 0 but for bfloat16); ratio_off and clipped
+(mean |r - 1| and share of tokens beyond the clip, in the last update: near 0 the policy hardly moved); sampled_nats (mean -log p
+of what was sampled: it falls as the policy sharpens); valid and tokens_per_forward as in CFT.
 """
 import numpy as np
 import torch
