@@ -83,6 +83,20 @@ def test_cft_trains_every_teacher_output_behind_its_own_prompt(monkeypatch):
     assert len(set(seen)) > 20
 
 
+def test_the_reference_stands_in_for_invalid_teacher_answers(monkeypatch, tmp_path):
+    world, cfg = toy_world(CFG), replace(CFG, run_dir=str(tmp_path), cft_prompts=30)
+    written = torch.from_numpy(world.train.response[:30].astype(np.int64))
+    written[:, 5] = 20  # the traces are the teacher's own
+    said, end = written.clone(), (written[::3] != PAD).sum(1) - 2
+    said[torch.arange(0, 30, 3), end] = said[torch.arange(0, 30, 3), end - 1]  # a label twice
+    here = lambda prompt: int((world.train.prompt[:30, -prompt.shape[1]:] == prompt[:1].numpy()).all(1).argmax())
+    monkeypatch.setattr(train_cft, "ar_decode", lambda teacher, prompt, n: (said[here(prompt):here(prompt) + len(prompt)], None, torch.ones(len(prompt))))
+    outputs = train_cft.teacher_outputs(cfg, world, tiny_gpt())
+    invalid = torch.arange(30) % 3 == 0
+    assert torch.equal(outputs[~invalid], said[~invalid])
+    assert torch.equal(outputs[invalid], torch.from_numpy(world.train.response[:30].astype(np.int64))[invalid])
+
+
 def test_misplaced_labels_stay_in_the_answer_and_what_should_follow_is_the_best_that_is_left():
     response = torch.tensor([[20, 21, ANSWER, 8, 9, 10, 11, 12, EOS, PAD], [20, ANSWER, 9, 8, 12, EOS, PAD, PAD, PAD, PAD],
                              [20, 21, 22, EOS, PAD, PAD, PAD, PAD, PAD, PAD]]).repeat(200, 1)
