@@ -129,7 +129,7 @@ PRESETS = {
         n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
         ar_steps=12000, ar_lr=2e-3, cft_steps=4000, cft_lr=1e-3, cft_prompts=40000, cft_misplace=0.9,
         opd_steps=100, opd_lr=2e-4, rl_steps=200,
-        rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.98,1.0", tau=0.99),
+        rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.98,1.0", tau=0.99, clash=0.1),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413,
         n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=128, warmup=200, compile=True,
