@@ -136,6 +136,8 @@ def lengths(cfg, world, model, stage):
 
 
 def main(cfg):
+    if not cfg.trace or cfg.random_labels:
+        raise UserError("analyse.py takes traces apart by their layout: it needs --trace true and --random_labels false")
     world, out = load_world(cfg), {}
     models = {s: model for s, (model, _) in finished_stages(cfg, world).items()}
     if len(models) == 1:

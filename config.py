@@ -197,6 +197,8 @@ def check(cfg):
     if not cfg.min_list <= cfg.n_candidates <= cfg.n_labels:
         raise UserError("list lengths must satisfy min_list <= n_candidates <= n_labels, not "
                         f"{cfg.min_list} <= {cfg.n_candidates} <= {cfg.n_labels}")
+    if cfg.show < 0:
+        raise UserError(f"--show takes a number of users, not {cfg.show}")
     if cfg.tau <= 0:
         raise UserError(f"--tau must be above 0, not {cfg.tau}")
     if cfg.rl_group < 2:

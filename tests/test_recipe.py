@@ -53,6 +53,7 @@ def checkpoint(run_dir, stage, config="toy"):
     (["--cft_steps", "many"], "--cft_steps must be of type int"),
     (["--rl_conditional", "maybe"], "--rl_conditional must be true or false"),
     (["--block_size", "0"], "--block_size must be at least 1"),
+    (["--show", "-1"], "--show takes a number of users"),
     (["--block_size", "-3"], "--block_size must be at least 1"),
     (["--commit", "all"], "--commit must be one of independent, threshold, factor, steps"),
     (["--d_model", "18", "--n_head", "4"], "--d_model must be a multiple"),
@@ -139,6 +140,7 @@ def test_analysis_of_perfect_models_finds_no_failure_and_of_random_ones_says_so(
     for module in (train_ar, train_cft):
         run(module, monkeypatch, tmp_path)
     assert "train for longer" in refused(analyse, monkeypatch, capsys, tmp_path)
+    assert "needs --trace true" in refused(analyse, monkeypatch, capsys, tmp_path, "--trace", "false")
 
     def perfect(cfg, world, model, split, prefix=None, **other):
         """Writes the reference; behind a forged trace, whose beginning differs, the reversed ranking."""
