@@ -20,7 +20,7 @@ from common import decode_split, device_of, finished_stages, generator, save_ato
 from config import UserError, folder
 from data import LABEL, NONE, load_world, parse_answers, tensors
 from diffusion import diffusion_loss
-from evaluate import ranking_metrics, score, score_order, stage_decoder
+from evaluate import ranking_metrics, score, score_order
 from model import PAD
 
 
@@ -108,26 +108,26 @@ def bound(cfg, model, prompt, response, block_size, draws=16):
 
 
 def shorter(split, k):
-    """The examples whose target is among the first k candidates, cut to these: -> Split. Labels must be places in the list."""
-    cut = split.take(np.flatnonzero((split.target >= 0) & (split.target < k)))
-    cut = dataclasses.replace(cut, prompt=cut.prompt.copy(), trace=cut.trace.copy(), incoming=cut.incoming.copy())
+    """The examples whose target is among the first k candidates, cut to these: -> Split. The lists must have K candidates, and
+    labels be places in them."""
+    cut = split.take(np.flatnonzero((split.target >= 0) & (split.target < k)))  # a copy
+    K = cut.incoming.shape[1]
     stride = int((split.trace[0] == LABEL + 1).argmax() - (split.trace[0] == LABEL).argmax())  # tokens a candidate
     for tokens in (cut.prompt, cut.trace):  # candidates end both
-        tokens[:, tokens.shape[1] - stride * (cut.incoming.shape[1] - k):] = NONE
+        tokens[:, tokens.shape[1] - stride * (K - k):] = NONE
     cut.incoming[:, k:] = -1
-    listed = (cut.order >= 0) & (cut.order < k)
-    cut.order = np.where(np.arange(len(listed[0])) < k, np.take_along_axis(cut.order, np.argsort(~listed, 1, kind="stable"), 1), -1)
+    cut.order = np.pad(cut.order[cut.order < k].reshape(-1, k), ((0, 0), (0, K - k)), constant_values=-1)
     return cut
 
 
-def lengths(cfg, world, model, stage):
+def lengths(cfg, world, model, B):
     """[{k, users, valid, faithful, gain, reference_gain}] for lists of k candidates: gains in strict N@10 over the incoming order."""
     out = []
     for k in range(cfg.min_list, cfg.n_candidates + 1):
         split = shorter(world.test, k)
         if not len(split):
             continue
-        tokens, _ = decode_split(cfg, split, stage_decoder(cfg, world, model, stage, cfg.tau), "lengths")
+        tokens = decode(cfg, world, model, split, block_size=B).numpy()
         got, reference, before = score(world, split, tokens), score_order(split, split.order), score_order(split, split.incoming)
         gain = lambda scores: (scores["strict ndcg@10"] - before["strict ndcg@10"]).mean()
         out.append({"k": k, "users": len(split), "valid": got["valid"].mean(), "faithful": got["faithful"].mean(),
@@ -157,7 +157,7 @@ def main(cfg):
         row["falsified"] = falsified(cfg, few, model, tokens[:users], B)
         row["answer_steps"] = answer_steps(cfg, few, model, tokens[:users]) if B > 1 else None
         row["bound"] = {b: bound(cfg, model, prompt, response, b) for b in (1, 4, 8, 16)}
-        row["lengths"] = lengths(cfg, few, model, stage)
+        row["lengths"] = lengths(cfg, few, model, B)
     # the naive conversion decodes the answer behind the AR teacher's own trace
     out["naive"] = {"answer_steps": answer_steps(cfg, few, models["ar"], traces)}
     text = markdown(out)

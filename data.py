@@ -38,7 +38,7 @@ class Split:
     def __len__(self):
         return len(self.prompt)
 
-    @functools.cached_property  # drawing a batch asks for it at every step
+    @functools.cached_property  # rerank.py asks for it row by row
     def k(self):
         """(N,) lengths of the lists."""
         return (self.incoming >= 0).sum(1)

@@ -145,6 +145,11 @@ def in_turn(jobs, seconds):
     return {name: np.array(rows) for name, rows in taken.items()}, texts
 
 
+def prompts_of_round(cfg, world, i, batch):
+    """The test prompts (batch, P) of round i: other ones every round."""
+    return tensors(world.test, np.arange(i * batch, (i + 1) * batch) % len(world.test), device_of(cfg))[0]
+
+
 def speed(cfg, world, teacher, student, batch, max_len=None):
     """Tokens/s of AR and block decoding in turn on the same prompts, other ones every round, for about eval_speed_seconds.
 
@@ -154,7 +159,7 @@ def speed(cfg, world, teacher, student, batch, max_len=None):
     if RANK:  # the first process measures and reports
         return dict.fromkeys(("ar", "block", "ratio", "ar_ms", "block_ms"), 0.0)
     max_len = max_len or world.max_response
-    prompt = lambda i: tensors(world.test, np.arange(i * batch, (i + 1) * batch) % len(world.test), device_of(cfg))[0]
+    prompt = lambda i: prompts_of_round(cfg, world, i, batch)
     taken, _ = in_turn({"ar": lambda i: ar_decode(teacher, prompt(i), max_len)[0],
                         "block": lambda i: serve(cfg, student, prompt(i), max_len).tokens}, cfg.eval_speed_seconds)
     rate = {name: t[:, 1] / t[:, 0] for name, t in taken.items()}

@@ -69,7 +69,7 @@ def prerank(T, cnt, flat, start, end, attr=None, among=None):
             continue
         top, idx = (x.numpy() for x in S.topk(4 * K))
         tie = np.round(np.log2(np.maximum(top, 1e-9)) * 4096)  # scores equal up to rounding are ties ...
-        order = np.lexsort((idx, -cnt[idx], -tie))[:, :K]   # ... broken by popularity, then by permuted id
+        order = np.lexsort((idx, -cnt[idx], -tie))[:, :K]      # ... broken by popularity, then by permuted id
         cands.append(np.take_along_axis(idx, order, 1)); scores.append(np.take_along_axis(top, order, 1))
     return np.concatenate(cands), np.concatenate(scores)
 

@@ -26,7 +26,7 @@ from common import (decode_split, device_of, last_student, load_stage, new_model
 from config import folder  # noqa: E402
 from data import ANSWER, LABEL, NONE, PROFILE, load_world, tensors  # noqa: E402
 from sampler import block_decode  # noqa: E402
-from evaluate import device_name, in_turn, parse_beside, score, stage_decoder  # noqa: E402
+from evaluate import device_name, in_turn, parse_beside, prompts_of_round, score, stage_decoder  # noqa: E402
 from model import EOS, GPT, PAD, KVCache, ar_decode  # noqa: E402
 import peers  # noqa: E402
 
@@ -44,7 +44,7 @@ def ratio(taken, a, b):
 def clock(cfg, world, share=1.0):
     """measure({name: decode(prompt)}, batch): in_turn on test prompts, others every round, for that share of eval_speed_seconds;
     the prompts are among the texts."""
-    prompt = lambda i, n: tensors(world.test, np.arange(i * n, (i + 1) * n) % len(world.test), device_of(cfg))[0]
+    prompt = lambda i, n: prompts_of_round(cfg, world, i, n)
 
     def measure(jobs, batch):
         taken, texts = in_turn({name: lambda i, f=f: f(prompt(i, batch)) for name, f in jobs.items()}, share * cfg.eval_speed_seconds)
