@@ -46,21 +46,22 @@ def choose(logp, open_, forced, rule, tau, clash=0.4):
     Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step makes progress. The
     choice depends on the distributions only, not on the tokens drawn from them: given the state it is no random event.
     """
-    best_logp, best = logp.max(-1)
-    confidence = torch.where(open_, best_logp.exp(), -1.0)
+    best_logp = logp.amax(-1)
     B, place = logp.shape[1], torch.arange(logp.shape[1], device=logp.device)
     if rule == "independent":
-        chosen = open_ & (confidence > tau) | forced
+        chosen = open_ & (best_logp > math.log(tau)) | forced
         some = chosen.any(1, keepdim=True)
         if not logp.is_cuda and some.all():  # looking costs nothing on a CPU, what follows a tenth of a step
             return chosen
-        p = logp.exp() * open_[..., None]
+    confidence = torch.where(open_, best_logp.exp(), -1.0)
+    if rule == "independent":
+        p, best = logp.exp() * open_[..., None], logp.argmax(-1)
         surer = confidence[:, None] > confidence[..., None]  # (N, i, j): j is surer than i, of equals the first
         surer |= (confidence[:, None] == confidence[..., None]) & (place < place[:, None])
         rivals = (p @ p.transpose(1, 2) > clash) | (best[:, :, None] == best[:, None])  # (N, B, B)
         return torch.where(some, chosen, open_ & ~(rivals & surer).any(-1))
     if rule == "threshold":
-        chosen = open_ & (confidence > tau)
+        chosen = confidence > tau
     else:
         ranked, order = confidence.sort(dim=1, descending=True, stable=True)
         n = place + 1
@@ -73,8 +74,13 @@ def choose(logp, open_, forced, rule, tau, clash=0.4):
     return chosen | forced | (surest & ~forced.any(1, keepdim=True))
 
 
+def unfinished(tokens):
+    """Which slots of blocks (m, B) are still open: [MASK], and not behind an [EOS] -> bool (m, B)."""
+    return (tokens == MASK) & ((tokens == EOS).cumsum(1) == 0)
+
+
 class BlockState:
-    """A batch of responses being decoded: n rows, each at its own pace. On a GPU no method waits for it."""
+    """A batch of n responses being decoded. On a GPU no method waits for it."""
 
     def __init__(self, model, prompt, n_tokens, block_size, prefix=None):
         """prompt (n, P) left-padded, n_tokens a multiple of B, prefix (n, L), whole blocks, the given beginning."""
@@ -84,12 +90,13 @@ class BlockState:
         dev = prompt.device
         zeros = lambda *size: torch.zeros(*size, dtype=torch.long, device=dev)
         self.seq = zeros(n, self.P + n_tokens)                   # prompt and response, [MASK] where nothing is committed
+        self.response = self.seq[:, self.P:]                     # a view
         self.step = zeros(n, n_tokens)
         self.logp = model.embed.weight.new_zeros(n, n_tokens)
-        self.pad, self.block, self.in_block, self.forwards = zeros(n), zeros(n), zeros(n), zeros(n)
-        self.running = zeros(n).bool()
+        self.pad, self.forwards, self.running = zeros(n, 1), zeros(n), zeros(n).bool()
+        self.block, self.in_block = zeros(n, 1), zeros(n, 1)     # for replay_block_decode: the block a row is at, and steps done in it
         self.cache = KVCache(model, n, self.P + n_tokens)
-        self.rows, self.slot, self.lane = (torch.arange(size, device=dev) for size in (n, self.P + n_tokens, B))
+        self.slot, self.lane = (torch.arange(size, device=dev) for size in (self.P + n_tokens, B))
         response = (self.slot - self.P) // B * B + B - 1         # last slot that a query of the response sees
         self.visible_to = torch.where(self.slot < self.P, self.slot, self.P + response)
         self.start(prompt, prefix)
@@ -98,65 +105,48 @@ class BlockState:
         """Begin anew with other prompts (n, P), in the same memory."""
         self.given = 0 if prefix is None else prefix.shape[1]
         self.seq[:, :self.P] = F.pad(prompt, (self.P - prompt.shape[1], 0), value=PAD)
-        self.seq[:, self.P:] = MASK
+        self.response.fill_(MASK)
         if self.given:
-            self.seq[:, self.P:self.P + self.given] = prefix
-        self.pad.copy_(pad_left(self.seq[:, :self.P]))
-        self.block.fill_(self.given // self.B)                   # the block being denoised
+            self.response[:, :self.given] = prefix
+        self.pad.copy_(pad_left(self.seq[:, :self.P])[:, None])
         self.step.fill_(NEVER)
-        self.in_block.zero_()                                    # steps done in it; 0: the block before is not stored yet
-        self.logp.zero_(), self.forwards.zero_(), self.running.fill_(True)
+        self.logp.zero_(), self.forwards.zero_(), self.block.zero_(), self.in_block.zero_(), self.running.fill_(True)
 
-    def forward(self, some, n_clean, width, n_keys):
-        """Run the window that starts n_clean slots before the block, of the rows `some` -> hidden (m, width, d)."""
-        at = (self.P + self.block[some, None] * self.B) - n_clean + self.slot[:width]  # (m, width)
-        pad = self.pad[some, None]
+    def view(self, at, n_keys):
+        """What queries at the slots `at`, (n, W) or (1, W), are told beside their tokens: positions (n, W), and which of the first
+        n_keys slots they see, (n, 1, W, n_keys)."""
         slot = self.slot[:n_keys]
-        mask = (slot <= self.visible_to[at][..., None]) & (slot >= pad[..., None])
+        mask = (slot <= self.visible_to[at][..., None]) & (slot >= self.pad[..., None])
         mask |= slot == at[..., None]  # padding sees itself: no empty softmax
+        return (at - self.pad).clamp(min=0), mask[:, None]
+
+    def forward(self, some, slots, positions, mask):
+        """Run the rows `some`, all of them or indices (m,), over `slots`, W of them that end with the block: a slice, the same for all,
+        whose keys are stored by a plain copy (5 to 9 % faster), or (n, W). positions, mask: see `view`. -> the last min(W, B + 1)
+        hidden states (m, ., d). The state at i - 1 predicts slot i."""
+        tokens = self.seq[some, slots] if isinstance(slots, slice) else self.seq.gather(1, slots)
         cache = self.cache if isinstance(some, slice) else self.cache.of(some)
-        slots = at
-        if not at.is_cuda and (at[:, 0] == at[0, 0]).all():  # all at the same block: a plain copy stores the keys, 5 to 9 % faster
-            slots = slice(int(at[0, 0]), int(at[0, 0]) + width)
-        return self.model(self.seq[some].gather(1, at), (at - pad).clamp(min=0), mask[:, None], cache, slots, n_keys, last=min(width, self.B + 1))
+        return self.model(tokens, positions[some], mask[some], cache, slots, mask.shape[-1], last=min(tokens.shape[1], self.B + 1))
 
-    def predict(self, some, n_clean, n_keys):
-        """One forward over n_clean clean slots and the block -> hidden (m, B, d) that predict the block. Slot i is predicted at
-        i - 1, slot 0 by the clean part; without one it is committed already, and what it gets is unused."""
-        hidden = self.forward(some, n_clean, n_clean + self.B, n_keys)
-        return hidden[:, :-1] if n_clean else torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
-
-    def commit(self, some, hidden, rule, tau, clash, temperature=0.0, generator=None, constrain=None):
-        """Draw tokens from what predicts the block of the rows `some` (m,), hidden (m, B, d), commit those that the rule chooses, and
-        go on to the next block where this one is finished."""
-        rows, block, step, running = (x[some] for x in (self.rows, self.block, self.in_block, self.running))  # (m,)
-        row, at = rows[:, None], block[:, None] * self.B + self.lane  # (m, B) slots of the response
-        slots = self.P + at
-        tokens = self.seq[row, slots]
-        open_ = (tokens == MASK) & ((tokens == EOS).cumsum(1) == 0)  # not behind a committed [EOS]
+    def commit(self, at, hidden, open_, step, rule, tau, clash, temperature=0.0, generator=None, constrain=None):
+        """Draw tokens for m blocks from what predicts them, hidden (m, B, d), and commit those that the rule chooses. at: an index of
+        these blocks in (n, R) tensors; open_ (m, B): their open slots; step: how many they have done, a number or (m, 1).
+        -> the blocks' tokens (m, B)"""
         logits = self.model.logits(hidden)                       # (m, B, V)
         if constrain is not None:
-            logits = constrain(logits, self.seq[some, self.P:], at, rows)
+            logits = constrain(logits)
         drawn, logp, every = sample(logits, temperature, generator)
-        forced = (step == 0)[:, None] & (self.lane == 0)
-        chosen = choose(every, open_, forced, rule, tau, clash) & running[:, None]
-        tokens = torch.where(chosen, drawn, tokens)
-        self.seq[row, slots] = tokens
-        self.step[row, at] = torch.where(chosen, step[:, None], self.step[row, at])
-        self.logp[row, at] = torch.where(chosen, logp, self.logp[row, at])
-        self.forwards[some] += running
-        # A block is finished when nothing is open before its first [EOS]; with an [EOS] the row is finished too.
-        is_eos = tokens == EOS
-        full = ~((tokens == MASK) & (is_eos.cumsum(1) == 0)).any(1)
-        done = full & (is_eos.any(1) | (block == self.R // self.B - 1))
-        full &= ~done
-        self.running[some] = running & ~done
-        self.block[some] = block + full
-        self.in_block[some] = torch.where(full, 0, step + 1)
+        forced = ((self.lane == 0) & (step == 0)).expand_as(open_)
+        chosen = choose(every, open_, forced, rule, tau, clash)
+        tokens = torch.where(chosen, drawn, self.response[at])
+        self.response[at] = tokens
+        self.step[at] = torch.where(chosen, step, self.step[at])
+        self.logp[at] = torch.where(chosen, logp, self.logp[at])
+        return tokens
 
     def result(self):
         """-> Decoded"""
-        filled = self.seq[:, self.P:].clone()
+        filled = self.response.clone()
         behind = ((filled == EOS).cumsum(1) - (filled == EOS).long()) > 0
         tokens = torch.where(behind | (filled == MASK), PAD, filled)
         return Decoded(tokens, filled, self.step.clone(), torch.where(tokens == PAD, 0.0, self.logp), self.forwards.clone())
@@ -167,10 +157,10 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
                  fuse=True, constrain=None, prefix=None, clash=0.4):
     """Block-diffusion decoding with a KV cache.
 
-    Every forward feeds one window of the sequence: the block being denoised, preceded, where a row has just finished a
-    block, by that block in its final, clean state. So storing a finished block costs no forward of its own: it rides
-    along with the next block's first step ("fused"), and its last token predicts the next block's first. Keys of the block
-    being denoised are written to the cache too and overwritten by the next forward. Rows that have finished a block wait until all
+    Every forward feeds one window of the sequence: the block being denoised, preceded, in its first step, by the block before
+    it in its final, clean state. So storing a finished block costs no forward of its own: it rides along with the next
+    block's first step ("fused"), and its last token predicts the next block's first. Keys of the block being denoised are
+    written to the cache too and overwritten by the next forward. Rows that have finished a block wait until all
     have, then open the next together: no row's forward is wider than it needs, which at batches 4 and 8 is 5 and 10 % faster than
     going on at once, and at 64 far more.
 
@@ -185,34 +175,59 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     if prompt.is_cuda and fuse and constrain is None and prefix is None:
         return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash)
     s = BlockState(model, prompt, R, B, prefix)
-    first = True
-    while s.running.any():
-        inside = s.running & (s.in_block > 0)
-        opening = not inside.any()
-        go = s.running if opening else inside
-        some = slice(None) if go.all() else go.nonzero()[:, 0]
-        n_keys = s.P + int(s.block[some].max()) * B + B
-        n_clean = s.P + s.given if first else B if opening else 0  # the first forward reads the prompts
-        if opening and not fuse:
-            stored = s.forward(some, n_clean, n_clean, n_keys)[:, -1:]
+    rows, n_clean = torch.arange(len(prompt), device=prompt.device), s.P + s.given  # the first forward reads the prompts
+    for begin in range(s.given, R, B):
+        left, step, end = rows[s.running], 0, s.P + begin + B  # left: rows whose block is not finished
+        start, open_ = end - B - n_clean, torch.ones(len(left), B, dtype=torch.bool, device=prompt.device)
+        positions, mask = s.view(s.slot[None, start:end], end)
+        while len(left):
+            some = slice(None) if len(left) == len(rows) else left
+            block = lambda: s.forward(some, slice(end - B, end), positions[:, -B:], mask[:, :, -B:])
+            if step > 0:
+                hidden = block()
+                hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)  # slot 0 is committed: what it gets is unused
+            elif fuse:
+                hidden = s.forward(some, slice(start, end), positions, mask)[:, :-1]
+            else:
+                stored = s.forward(some, slice(start, end - B), positions[:, :-B], mask[:, :, :-B, :-B])[:, -1:]
+                s.forwards[some] += 1
+                hidden = torch.cat((stored, block()[:, :-1]), dim=1)
+            bound = constrain and (lambda logits: constrain(logits, s.response[some], (begin + s.lane).expand(len(left), B), left))
+            tokens = s.commit((some, slice(begin, begin + B)), hidden, open_, step, rule, tau, clash, temperature, generator, bound)
             s.forwards[some] += 1
-            hidden = torch.cat((stored, s.forward(some, 0, B, n_keys)[:, :-1]), dim=1)
-        else:
-            hidden = s.predict(some, n_clean, n_keys)
-        s.commit(some, hidden, rule, tau, clash, temperature, generator, constrain)
-        first = False
+            open_ = unfinished(tokens)
+            still = open_.any(1)
+            if not still.all():
+                left, open_ = left[still], open_[still]
+            step += 1
+        s.running &= (s.response[:, begin:begin + B] != EOS).all(1)
+        n_clean = B
     return s.result()
 
 
 def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.4):
-    """block_decode for GPUs, where a small model's time is the time to launch its kernels: all shapes are fixed (the window
-    is always two blocks wide, finished rows stay), so that a step can be recorded once and replayed (model.recorded)."""
+    """block_decode for GPUs, where a small model's time is the time to launch its kernels: all shapes are fixed (rows do not wait
+    for each other, the window is always two blocks wide, finished rows stay), so that a step can be recorded once and
+    replayed (model.recorded)."""
     prompt = F.pad(prompt, (-prompt.shape[1] % 32, 0), value=PAD)  # few shapes
     s, step = recorded(model, ("block", *prompt.shape, n_tokens, block_size, rule, tau, clash, temperature),
                        lambda: BlockState(model, prompt, n_tokens, block_size), generator)
-    n_keys, everyone = s.P + n_tokens, slice(None)
+    rows, B = torch.arange(len(prompt), device=prompt.device)[:, None], block_size
+
+    def forward(n_clean):
+        """A step of every row, at its own block."""
+        slots = s.P + s.block * B - n_clean + s.slot[:n_clean + B]  # (n, n_clean + B)
+        hidden = s.forward(slice(None), slots, *s.view(slots, s.P + s.R))[:, :-1]
+        at = rows, s.block * B + s.lane
+        tokens = s.commit(at, hidden, unfinished(s.response[at]), s.in_block, rule, tau, clash, temperature, s.generator)
+        s.forwards += s.running
+        full = ~unfinished(tokens).any(1)
+        done = full & ((tokens == EOS).any(1) | (s.block[:, 0] == s.R // B - 1))
+        s.running &= ~done
+        s.block += (full & ~done)[:, None]
+        s.in_block.add_(1).masked_fill_((full & ~done)[:, None], 0)
     s.start(prompt)
-    step("read", lambda: s.commit(everyone, s.predict(everyone, s.P, n_keys), rule, tau, clash, temperature, s.generator))
+    step("read", lambda: forward(s.P))
     while s.running.any():
-        step("step", lambda: s.commit(everyone, s.predict(everyone, block_size, n_keys), rule, tau, clash, temperature, s.generator))
+        step("step", lambda: forward(B))
     return s.result()
