@@ -50,6 +50,8 @@ def segment_hidden(model, prompt, clean, noised, block):
     dev = prompt.device
     if B == 1:  # every token is a first token: the clean stream predicts them all, and block diffusion is AR
         noised, M = noised[:, :0], 0
+    else:
+        clean, R = clean[:, :-B], R - B  # what the last block's clean copy says, no other block asks
     pad = pad_left(prompt)[:, None]  # (N, 1)
     lane = torch.arange(B, device=dev)
     start = P + block * B  # (N, M) slot of each block's first token in the clean stream

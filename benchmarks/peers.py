@@ -1,12 +1,15 @@
-"""Peers of our decoders, with our weights: `generate` and prompt lookup of transformers, the block sampler of diffusers.
+"""Peers of our decoders, with our weights: `generate` and prompt lookup of transformers, the block samplers of diffusers and Fast-dLLM.
 
-Nothing here is needed to train or evaluate. What is not installed is left out, with the reason (`missing`): pip install
-transformers diffusers. Every decoder is prompt (N, P), left-padded -> tokens (N, R), [PAD] after the first [EOS].
+Nothing here is needed to train or evaluate. What is not installed is left out, with the reason (`missing`, `fast_dllm`): pip install
+transformers diffusers; git clone https://github.com/NVlabs/Fast-dLLM, and the environment variable FAST_DLLM names that folder.
+Every decoder is prompt (N, P), left-padded -> tokens (N, R), [PAD] after the first [EOS].
 """
 import copy
-import importlib
+import importlib.util
 import math
 import os
+import sys
+import types
 
 import torch
 import torch.nn.functional as F
@@ -101,36 +104,46 @@ def lookup_decode(model, prompt, max_len, n_guess=10):
 
 # --- diffusers -------------------------------------------------------------------------------------------------------------
 
-class Shifted(torch.nn.Module):
-    """Our GPT as LLaDA2Pipeline calls a network: the whole sequence in, logits of its last block out; no cache, every forward computes
-    everything again (the pipeline has none to offer). The block mask and the token shift are applied here, and two habits of our
-    sampler, so that both follow one rule: a block's first slot is committed at once, what stands behind [EOS] never."""
+class Student(torch.nn.Module):
+    """Our GPT as other samplers call a network. The block mask and the token shift are applied here, and two habits of our sampler,
+    so that both follow one rule: a block's first slot is committed at once, what stands behind [EOS] never."""
 
     def __init__(self, model, block_size):
         super().__init__()
-        self.model, self.B, self.P, self.forwards = model, block_size, 0, 0
+        self.model, self.B, self.P, self.forwards = model, block_size, 0, 0  # P: where the response starts
 
     device = property(lambda self: self.model.embed.weight.device)
 
-    def forward(self, tokens, attention_mask, position_ids):
-        self.forwards += 1
-        slot = torch.arange(tokens.shape[1], device=tokens.device)
-        last = torch.where(slot < self.P, slot, slot // self.B * self.B + self.B - 1)  # the last slot that each sees
-        pad = (attention_mask == 0).sum(1)[:, None]
-        mask = ((slot <= last[:, None]) & (slot >= pad[..., None])) | (slot == slot[:, None])
-        hidden = self.model(tokens, (slot - pad).clamp(min=0), mask[:, None], last=self.B + 1)[:, :-1]
-        logits, block = self.model.logits(hidden), tokens[:, -self.B:]
+    def view(self, tokens):
+        """Positions (1, T) and mask (1, 1, T, T) of sequences (1, T)."""
+        slot, pad = torch.arange(tokens.shape[1], device=tokens.device), (tokens[:, :self.P] == PAD).sum(1)[:, None]
+        last = torch.where(slot < self.P, slot, self.P + (slot - self.P) // self.B * self.B + self.B - 1)  # the last slot that each sees
+        return (slot - pad).clamp(min=0), (((slot <= last[:, None]) & (slot >= pad[..., None])) | (slot == slot[:, None]))[:, None]
+
+    def logits(self, hidden, block):
+        """Logits (n, B, V) of blocks (n, B) from what predicts them, hidden (n, B, d); sure of the first slot where all is [MASK]."""
+        logits = self.model.logits(hidden)
         sure = 1e4 * F.one_hot(logits[:, 0].argmax(-1), logits.shape[-1])
         logits[:, 0] = torch.where((block == MASK).all(1, keepdim=True), sure, logits[:, 0])
-        logits = logits.masked_fill(((block == EOS).cumsum(1) > 0)[..., None], 0.0)  # as unsure as can be
-        return type("Output", (), {"logits": logits})
+        return logits
+
+
+class Uncached(Student):
+    """As LLaDA2Pipeline calls a network: the whole sequence in, logits of its last block out; no cache, every forward computes
+    everything again (the pipeline has none to offer)."""
+
+    def forward(self, tokens, attention_mask, position_ids):
+        self.forwards += 1
+        block, (positions, mask) = tokens[:, -self.B:], self.view(tokens)
+        logits = self.logits(self.model(tokens, positions, mask, last=self.B + 1)[:, :-1], block)
+        return types.SimpleNamespace(logits=logits.masked_fill(((block == EOS).cumsum(1) > 0)[..., None], 0.0))  # behind: as unsure as can be
 
 
 def llada2(model, block_size, tau):
     """LLaDA2Pipeline with BlockRefinementScheduler, threshold rule -> decode(prompt (1, P), max_len) -> tokens (1, R), and the
     network, which counts its forwards. One row at a time: a batch would wait for rows that ended inside a block."""
     from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-    net = Shifted(model, block_size)
+    net = Uncached(model, block_size)
     pipe = LLaDA2Pipeline(net, BlockRefinementScheduler(block_length=block_size))
     pipe.set_progress_bar_config(disable=True)
 
@@ -141,6 +154,51 @@ def llada2(model, block_size, tau):
                    sampling_method="greedy", threshold=tau, editing_threshold=None, eos_token_id=EOS, mask_token_id=MASK, output_type="seq").sequences
         return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
     return decode, net
+
+
+# --- Fast-dLLM -------------------------------------------------------------------------------------------------------------
+
+class Cached(Student):
+    """As Fast-dLLM's LLaDA samplers call a network: at every block the whole sequence in, logits and cache out, then with that cache the
+    block alone. They fill every slot: those behind [EOS] get [PAD] at once, which is read as [MASK]."""
+
+    def forward(self, x, use_cache, past_key_values=None, replace_position=None):
+        self.forwards += 1
+        whole = past_key_values is None
+        cache, positions, mask = past_key_values or (KVCache(self.model, 1, x.shape[1]), *self.view(x))
+        start = 0 if whole else int(replace_position[0].int().argmax())
+        end, given = start + x.shape[1], self.P if whole else 0  # given: slots that are no response
+        tokens = torch.cat((x[:, :given], x[:, given:].masked_fill(x[:, given:] == PAD, MASK)), dim=1)
+        hidden = self.model(tokens, positions[:, start:end], mask[:, :, start:end, :end], cache, slice(start, end), end).roll(1, dims=1)
+        blocks = tokens[:, given:].unflatten(1, (-1, self.B)).flatten(0, 1)
+        logits = self.logits(hidden[:, given:].unflatten(1, (-1, self.B)).flatten(0, 1), blocks)
+        logits[(blocks == EOS).cumsum(1) > 0] = 1e4 * F.one_hot(torch.tensor(PAD, device=x.device), logits.shape[-1]).to(logits)
+        logits = F.pad(logits.reshape(1, -1, logits.shape[-1]), (0, 0, given, 0))  # of what is given nobody asks
+        return types.SimpleNamespace(logits=logits, past_key_values=(cache, positions, mask))
+
+
+def dual_cache(model, block_size, tau):
+    """Fast-dLLM's generate_with_dual_cache, threshold rule -> decode(prompt (1, P), max_len) -> tokens (1, R), and the network."""
+    path = os.path.join(os.environ["FAST_DLLM"], "llada", "generate.py")
+    sys.modules["model.modeling_llada"] = types.SimpleNamespace(LLaDAModelLM=None)  # the file imports its own network, which is not used
+    spec = importlib.util.spec_from_file_location("fast_dllm_generate", path)
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    net = Cached(model, block_size)
+
+    def decode(prompt, max_len):
+        net.P, R = prompt.shape[1], math.ceil(max_len / block_size) * block_size
+        out = theirs.generate_with_dual_cache(net, prompt, steps=R, gen_length=R, block_length=block_size, mask_id=MASK, threshold=tau)[0][:, net.P:]
+        return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
+    return decode, net
+
+
+def fast_dllm():
+    """Why Fast-dLLM cannot be used, one sentence, or None."""
+    where = os.environ.get("FAST_DLLM", "")
+    if not os.path.exists(os.path.join(where, "llada", "generate.py")):
+        return "Fast-dLLM is not there: clone https://github.com/NVlabs/Fast-dLLM and set FAST_DLLM to its folder"
+    return missing("transformers")  # which its file imports
 
 
 # --- The comparison --------------------------------------------------------------------------------------------------------
@@ -162,7 +220,7 @@ def compare(cfg, max_len, teacher, student, measure, ratio):
     missing, and "missing", the reasons. measure({name: decode(prompt)}, batch) -> timings of them in turn, and what they wrote
     {name: [tokens]}, the prompts among it; ratio(timings, a, b): the time of a over that of b, so that every ratio here says how many
     times as fast ours is."""
-    why = {package: missing(package) for package in ("transformers", "diffusers")}
+    why = {package: missing(package) for package in ("transformers", "diffusers")} | {"fast_dllm": fast_dllm()}
     for reason in filter(None, why.values()):
         print(f"no comparison: {reason}")
     ar = lambda p: ar_decode(teacher, p, max_len)[0]
@@ -194,9 +252,9 @@ def compare(cfg, max_len, teacher, student, measure, ratio):
         best = min(of, key=lambda name: of[name]["ratio"])
         return {"ratio": of[best]["ratio"], "fastest": best, "of": of}
 
-    def against_diffusers():
-        import diffusers
-        (theirs, net), forwards = llada2(student, cfg.block_size, cfg.tau), []
+    def against_sampler(peer):
+        """peer(model, block size, tau): see llada2."""
+        (theirs, net), forwards = peer(student, cfg.block_size, cfg.tau), []
 
         def ours(prompt, model=student):
             decoded = block_decode(model, prompt, max_len, cfg.block_size, "threshold", cfg.tau)
@@ -205,13 +263,17 @@ def compare(cfg, max_len, teacher, student, measure, ratio):
         taken, texts = measure({"ours": ours, "theirs": lambda p: theirs(p, max_len)}, 1)
         counted = {"ours": sum(forwards) / len(forwards), "theirs": net.forwards / len(forwards)}
         double = copy.deepcopy(student).double()  # a difference that vanishes there was one of round-off
-        again = llada2(double, cfg.block_size, cfg.tau)[0]
+        again = peer(double, cfg.block_size, cfg.tau)[0]
         apart = [p for p, x, y in zip(texts["prompt"], texts["ours"], texts["theirs"]) if not torch.equal(x, y)]
         n = len(texts["ours"])
-        return {"LLaDA2Pipeline": {"version": diffusers.__version__, "rule": "threshold", "tau": cfg.tau, "cache": False, "forwards": counted,
-                                   "ratio_b1": ratio(taken, "theirs", "ours"), "n": n, "identical": 1 - len(apart) / n, "differ": len(apart),
-                                   "equal_in_float64": sum(torch.equal(ours(p, double), again(p, max_len)) for p in apart)}}
+        return {"rule": "threshold", "tau": cfg.tau, "forwards": counted, "ratio_b1": ratio(taken, "theirs", "ours"), "n": n, "identical": 1 - len(apart) / n,
+                "differ": len(apart), "equal_in_float64": sum(torch.equal(ours(p, double), again(p, max_len)) for p in apart)}
 
-    hf = None if why["transformers"] else arcee(teacher)
-    return {"ar_vs_transformers": hf and against_transformers(), "sampler_vs_peers": None if why["diffusers"] else against_diffusers(),
+    hf, samplers = None if why["transformers"] else arcee(teacher), {}
+    if not why["diffusers"]:
+        import diffusers
+        samplers[f"diffusers {diffusers.__version__} LLaDA2Pipeline, no cache"] = against_sampler(llada2)
+    if not why["fast_dllm"]:
+        samplers["Fast-dLLM generate_with_dual_cache"] = against_sampler(dual_cache)
+    return {"ar_vs_transformers": hf and against_transformers(), "sampler_vs_peers": samplers or None,
             "vs_prompt_lookup": against_lookup(), "missing": [reason for reason in why.values() if reason]}

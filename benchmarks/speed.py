@@ -29,6 +29,7 @@ from sampler import block_decode  # noqa: E402
 from evaluate import device_name, in_turn, parse_beside, prompts_of_round, score, stage_decoder  # noqa: E402
 from model import EOS, GPT, PAD, KVCache, ar_decode  # noqa: E402
 import peers  # noqa: E402
+from training import training  # noqa: E402
 
 BATCHES, LENGTHS, BLOCKS = (1, 4, 16, 64, 256), (64, 128, 256, 512, 1024), (4, 8, 16, 32)
 
@@ -227,6 +228,7 @@ def main(cfg):
     run |= efficiency(cfg, student, P, count, run["speedup_b1"])
     run |= peers.compare(cfg, world.max_response, teacher, student, clock(cfg, world, 3.0), ratio)
     lines, run["cost"] = curves(cfg, world, teacher, student, count)
+    run["training"] = training(cfg)
     run["seconds"] = time.perf_counter() - start
     try:  # what other devices and numbers of threads have written stays
         before = json.load(open(folder(cfg, "speed.json")))
@@ -260,7 +262,7 @@ def markdown(run, lines):
         compared += [("AR", f"transformers {hf['version']} generate, {hf[f'cache_b{n}']} cache, batch {n}", hf[f"ratio_b{n}"], *same(hf[f"agreement_b{n}"])) for n in (1, 64)]
     for name, v in (block or {}).items():
         compared.append((f"student, threshold {v['tau']}, {v['forwards']['ours']:.1f} forwards",
-                         f"diffusers {v['version']} {name}, batch 1, {v['forwards']['theirs']:.1f} forwards over everything (no cache)", v["ratio_b1"], *same(v)))
+                         f"{name}, batch 1, {v['forwards']['theirs']:.1f} forwards", v["ratio_b1"], *same(v)))
     compared += [("student", f"prompt lookup of AR, batch 1: {name} ({v['speedup_over_ar']:.2f} × AR)", v["ratio"], "AR's: " + same(v)[0], same(v)[1])
                  for name, v in run["vs_prompt_lookup"]["of"].items()]
     return "\n".join((
@@ -281,7 +283,11 @@ def markdown(run, lines):
         table(("against", "batch", "length", "× AR", "model", "with rows"), [[c[k] for k in ("against", "batch", "length", "speedup", "model", "model_rows")] for c in lines if "model" in c]),
         f"The real student, batch 1; counts of the first {lines[-1]['n_users']} users.\n",
         table(("block size", "tau", "× AR", "tokens a forward", "valid"),
-              [(c["block_size"], str(c["tau"]), c["speedup"], c["tokens_per_forward"], percent(c["valid"])) for c in lines if "valid" in c])))
+              [(c["block_size"], str(c["tau"]), c["speedup"], c["tokens_per_forward"], percent(c["valid"])) for c in lines if "valid" in c]),
+        "Training: seconds of a step, and its three largest costs.\n",
+        table(("stage", "s a step", "× an AR step", "largest", "second", "third"),
+              [(stage, f"{t['step']:.3f}", t["step"] / run["training"]["ar"]["step"],
+                *(f"{name}, {percent(s / t['step'])}" for name, s in list(t["parts"].items())[:3])) for stage, t in run["training"].items()])))
 
 
 def figure(run, lines, path):

@@ -93,7 +93,7 @@ def test_absent_packages_are_named_and_leave_null(monkeypatch, capsys):
     monkeypatch.setattr(peers, "missing", lambda package: f"{package} cannot be imported")
     model = tiny_gpt(dtype=torch.float32)
     out = peers.compare(parse_args("", []), 16, model, model, measured(words(2, 8)), speed.ratio)
-    assert out["ar_vs_transformers"] is None and out["sampler_vs_peers"] is None and len(out["missing"]) == 2
+    assert out["ar_vs_transformers"] is None and out["sampler_vs_peers"] is None and len(out["missing"]) == 3
     assert {name.split(",")[0] for name in out["vs_prompt_lookup"]["of"]} == {"own"}
     assert "transformers cannot be imported" in capsys.readouterr().out
 
@@ -120,12 +120,16 @@ def test_transformers_writes_the_same_tokens_with_our_weights(seed):
     assert torch.equal(peers.generate(hf, prompt[1:2], 16, guess=4), text[1:2])
 
 
-@needs("diffusers")
+SAMPLERS = [pytest.param(peers.llada2, marks=needs("diffusers"), id="diffusers"),
+            pytest.param(peers.dual_cache, marks=pytest.mark.skipif(peers.fast_dllm() is not None, reason=str(peers.fast_dllm())), id="Fast-dLLM")]
+
+
+@pytest.mark.parametrize("peer", SAMPLERS)
 @pytest.mark.parametrize("seed", [0, 3, 4])
 @pytest.mark.parametrize("length", [3, 8])
-def test_the_diffusers_sampler_writes_the_same_tokens_under_the_same_rule(seed, length):
+def test_other_samplers_write_the_same_tokens_under_the_same_rule(peer, seed, length):
     model = tiny_gpt(seed, dtype=torch.float32)
-    theirs, net = peers.llada2(model, 4, 0.6)
+    theirs, net = peer(model, 4, 0.6)
     for prompt in words(3, length, seed=seed):
         ours = block_decode(model, prompt[None], 16, 4, "threshold", 0.6)
         net.forwards = 0
