@@ -6,8 +6,8 @@
 
 Every line is a command that a student would type; other options (--cft_steps, --opd_steps, ...) go through to it, and a stopped
 table goes on where it was. A line's student is judged on the test users at thresholds around the operating point, and compared
-with the others where it is fair: at the same number of forwards a response, and by the forwards that it needs to be as good as
-AR. Writes ablations_<stage>.md into the run's folder.
+with the others where it is fair: by the best that it reaches with as many forwards as the first line, and by the forwards that it
+needs to be as good as AR. Writes ablations_<stage>.md into the run's folder.
 """
 import dataclasses
 import json
@@ -144,22 +144,24 @@ def main(cfg):
 
 
 def table(cfg, found, goal):
-    """Each line at the operating point's threshold, and all at the forwards that the first line needs there (linear
-    interpolation on the curve; its nearest end where a line never gets there)."""
+    """Each line at the operating point's threshold, and the best point of its curve with no more forwards than the first line takes
+    there, 2 % allowed. (No interpolation: the forwards do not fall evenly with the threshold, and a curve may be vertical.)"""
     at = thresholds(cfg).index(cfg.tau)
-    matched = np.mean([points[at, 0] for points in next(iter(found.values()))])
-    pm = lambda v, f: f"{np.mean(v):{f}}" + (f" ± {np.std(v, ddof=1) / len(v) ** 0.5:{f}}" if len(v) > 1 else "")
-    lines = [f"{len(next(iter(found.values())))} seed(s) of {cfg.ablate.upper()} from one start, ± standard error over seeds. Threshold {cfg.tau}; then two "
-             f"columns at {matched:.1f} forwards a response, and the forwards needed for 99 % valid answers and an N@10 of AR's less .005 ({goal:.4f}).", "",
-             f"| | options | forwards | valid | N@10, strict | valid at {matched:.1f} | N@10 at {matched:.1f} | needed |", "|---" * 8 + "|"]
+    most = 1.02 * np.mean([points[at, 0] for points in next(iter(found.values()))])
+    pm = lambda v, f, unit="": "–" if np.isnan(v).any() else f"{np.mean(v):{f}}" + (f" ± {np.std(v, ddof=1) / len(v) ** 0.5:{f}}" if len(v) > 1 else "") + unit
+    lines = [f"{len(next(iter(found.values())))} seed(s) of {cfg.ablate.upper()} from one start, ± standard error over seeds. At threshold {cfg.tau}; then the "
+             f"best on the curve with at most {most:.2f} forwards a response, and the forwards needed for 99 % valid answers and an N@10 of AR's "
+             f"less .005 ({goal:.4f}). –: not reached, by a seed at least.", "",
+             f"| | options | forwards | valid | N@10, strict | valid, ≤ {most:.2f} | N@10, ≤ {most:.2f} | needed |", "|---" * 8 + "|"]
     for name, curves in found.items():
         stage, options = options_of(cfg, name)
         options = " ".join(f"--{k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items())
         here = len(FACTORS) // 2 if LINES[cfg.ablate][name].get("commit") == "factor" else at  # that rule has another scale
-        meet = lambda column: [np.interp(matched, c[:, 0], c[:, column]) for c in curves]
+        best = lambda column: np.array([c[c[:, 0] <= most, column].max(initial=-1) for c in curves])
+        reached = lambda column: np.where(best(column) < 0, np.nan, best(column))
         lines.append(f"| {name} | {f'`train_{stage}.py {options}`'.replace(' `', '`')} | {pm([c[here, 0] for c in curves], '.2f')} | "
-                     f"{pm([100 * c[here, 1] for c in curves], '.2f')} % | {pm([c[here, 2] for c in curves], '.4f')} | "
-                     f"{pm([100 * v for v in meet(1)], '.2f')} % | {pm(meet(2), '.4f')} | {pm([forwards_needed(c, goal) for c in curves], '.2f')} |")
+                     f"{pm([100 * c[here, 1] for c in curves], '.2f', ' %')} | {pm([c[here, 2] for c in curves], '.4f')} | "
+                     f"{pm(100 * reached(1), '.2f', ' %')} | {pm(reached(2), '.4f')} | {pm([forwards_needed(c, goal) for c in curves], '.2f')} |")
     return "\n".join(lines) + "\n"
 
 
