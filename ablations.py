@@ -46,6 +46,7 @@ LINES = {
         "as it is": {},
         "no anchor": dict(opd_anchor=0.0),
         "forward KL": dict(opd_divergence="forward"),
+        "JSD": dict(opd_divergence="jsd"),
         "reverse KL": dict(opd_divergence="reverse"),
         "tokens committed in the state": dict(opd_states="committed"),
         "the leftmost masked token": dict(opd_states="next"),

@@ -183,7 +183,7 @@ def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_bloc
         elif states == "next":
             scored = [i for i in scored if i % B == 0 or MASK not in noised[i // B * B:i]]
         each = [[i for i in scored if i // B == b] for b in range(2)]  # a block weighs its tokens, however many are masked
-        possible.append(sum(min(B, end - b * B) * divergence(logits[i], target[i], "jsd").mean().item() for b, i in enumerate(each)) / end)
+        possible.append(sum(min(B, end - b * B) * divergence(logits[i], target[i], cfg.opd_divergence).mean().item() for b, i in enumerate(each)) / end)
     possible, seen = sorted({round(p, 9) for p in possible}), set()  # some states score the same tokens
     for seed in range(40 * len(possible)):
         loss = opd_loss(cfg, student, teacher, prompt, decoded, gen(seed)).item()
@@ -202,7 +202,7 @@ def test_more_states_of_the_answer_weigh_as_one_and_answer_tokens_by_their_weigh
     target = teacher.logits(causal_hidden(teacher, words(1, 3), tokens))[0]
     logits = student.logits(stream_hidden(student, words(1, 3), tokens, torch.full((1, 1, 8), MASK), 4)[0, 0])
     weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 5, 5])
-    expected = (divergence(logits, target, "jsd") * weight).sum() / weight.sum()
+    expected = (divergence(logits, target, CFG.opd_divergence) * weight).sum() / weight.sum()
     for n in (0, 3):
         cfg = replace(CFG, block_size=4, answer_weight=5.0, opd_answer_states=n)
         close(opd_loss(cfg, student, teacher, words(1, 3), decoded, gen()), expected, atol=1e-6)
