@@ -10,6 +10,7 @@ from conftest import close, left_padded, tiny_gpt, words
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks"))
 import peers  # noqa: E402
 import speed  # noqa: E402
+import training  # noqa: E402
 from config import parse_args  # noqa: E402
 from data import ANSWER, LABEL, PROFILE  # noqa: E402
 from sampler import block_decode  # noqa: E402
@@ -134,3 +135,13 @@ def test_other_samplers_write_the_same_tokens_under_the_same_rule(peer, seed, le
         ours = block_decode(model, prompt[None], 16, 4, "threshold", 0.6)
         net.forwards = 0
         assert torch.equal(theirs(prompt[None], 16), ours.tokens) and net.forwards >= ours.forwards[0]
+
+
+def test_the_costs_of_a_step_are_measured_on_the_script_itself_and_leave_nothing_behind(tmp_path):
+    tiny = "--n_train 64 --n_val 8 --n_test 8 --d_model 16 --n_layer 1 --batch_size 4 --threads 1 --run_dir"
+    cfg, before = parse_args("", [*tiny.split(), str(tmp_path)]), training.train_ar.causal_hidden
+    found = training.costs(cfg, "ar")
+    parts = list(found["parts"].values())
+    assert parts == sorted(parts, reverse=True) and min(found["parts"][name] for name in ("forward", "backward", "optimiser")) > 0
+    assert sum(parts) <= 1.05 * found["step"]  # medians, each of its own
+    assert training.train_ar.causal_hidden is before and not list(tmp_path.iterdir())
