@@ -10,7 +10,8 @@ limit the harm that this can do (ablations.py has lines without):
   - the teacher reads from the left and gives labels to a slot that the student has committed further right; they are
     taken out of the target;
   - a state in which two labels are open weighs as much as one with ten: collisions happen there.
-The CFT loss stays in the mix as an anchor.
+The CFT loss stays in the mix as an anchor. Forward KL is the better divergence on the toy; on Beauty, where rankings are less certain, it
+makes the student as unsure as the teacher, which costs forwards and validity, and the presets take the JSD (results/findings.md).
 
 Logged: loss (both terms); divergence alone; rollout_valid (share of valid answers in the roll-out, sampled); valid and
 tokens_per_forward as in CFT.
