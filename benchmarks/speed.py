@@ -1,6 +1,6 @@
 """Everything about speed, measured in one run on one machine: the student against AR, against peers, and as work grows.
 
-    python benchmarks/speed.py --config small --threads 2    # about 6 minutes on 2 CPU cores
+    python benchmarks/speed.py --config small --threads 2    # about 7 minutes on 2 CPU cores
     python benchmarks/speed.py --config small --beside "answer-only=runs/answer_only/small:ar"   # its latency too
 
 Reads the checkpoints of the run and writes speed.json, speed.md and cost.png beside its report. Decoders run in turn on the
