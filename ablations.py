@@ -158,8 +158,7 @@ def table(cfg, found, goal):
         stage, options = options_of(cfg, name)
         options = " ".join(f"--{k} {str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items())
         here = len(FACTORS) // 2 if LINES[cfg.ablate][name].get("commit") == "factor" else at  # that rule has another scale
-        best = lambda column: np.array([c[c[:, 0] <= most, column].max(initial=-1) for c in curves])
-        reached = lambda column: np.where(best(column) < 0, np.nan, best(column))
+        reached = lambda column: np.array([max(c[c[:, 0] <= most, column], default=np.nan) for c in curves])
         lines.append(f"| {name} | {f'`train_{stage}.py {options}`'.replace(' `', '`')} | {pm([c[here, 0] for c in curves], '.2f')} | "
                      f"{pm([100 * c[here, 1] for c in curves], '.2f', ' %')} | {pm([c[here, 2] for c in curves], '.4f')} | "
                      f"{pm(100 * reached(1), '.2f', ' %')} | {pm(reached(2), '.4f')} | {pm([forwards_needed(c, goal) for c in curves], '.2f')} |")

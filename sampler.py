@@ -46,15 +46,13 @@ def choose(logp, open_, forced, rule, tau, clash=0.4):
     Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step makes progress. The
     choice depends on the distributions only, not on the tokens drawn from them: given the state it is no random event.
     """
-    best_logp = logp.amax(-1)
+    confidence = torch.where(open_, logp.amax(-1).exp(), -1.0)
     B, place = logp.shape[1], torch.arange(logp.shape[1], device=logp.device)
     if rule == "independent":
-        chosen = open_ & (best_logp > math.log(tau)) | forced
+        chosen = (confidence > tau) | forced
         some = chosen.any(1, keepdim=True)
         if not logp.is_cuda and some.all():  # looking costs nothing on a CPU, what follows a tenth of a step
             return chosen
-    confidence = torch.where(open_, best_logp.exp(), -1.0)
-    if rule == "independent":
         p, best = logp.exp() * open_[..., None], logp.argmax(-1)
         surer = confidence[:, None] > confidence[..., None]  # (N, i, j): j is surer than i, of equals the first
         surer |= (confidence[:, None] == confidence[..., None]) & (place < place[:, None])
@@ -96,7 +94,7 @@ class BlockState:
         self.pad, self.forwards, self.running = zeros(n, 1), zeros(n), zeros(n).bool()
         self.block, self.in_block = zeros(n, 1), zeros(n, 1)     # for replay_block_decode: the block a row is at, and steps done in it
         self.cache = KVCache(model, n, self.P + n_tokens)
-        self.slot, self.lane = (torch.arange(size, device=dev) for size in (self.P + n_tokens, B))
+        self.rows, self.slot, self.lane = (torch.arange(size, device=dev) for size in (n, self.P + n_tokens, B))
         response = (self.slot - self.P) // B * B + B - 1         # last slot that a query of the response sees
         self.visible_to = torch.where(self.slot < self.P, self.slot, self.P + response)
         self.start(prompt, prefix)
@@ -175,13 +173,15 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     if prompt.is_cuda and fuse and constrain is None and prefix is None:
         return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash)
     s = BlockState(model, prompt, R, B, prefix)
-    rows, n_clean = torch.arange(len(prompt), device=prompt.device), s.P + s.given  # the first forward reads the prompts
+    n_clean = s.P + s.given  # the first forward reads the prompts
     for begin in range(s.given, R, B):
-        left, step, end = rows[s.running], 0, s.P + begin + B  # left: rows whose block is not finished
+        left, step, end = s.rows[s.running], 0, s.P + begin + B  # left: rows whose block is not finished
+        if not len(left):
+            break
         start, open_ = end - B - n_clean, torch.ones(len(left), B, dtype=torch.bool, device=prompt.device)
         positions, mask = s.view(s.slot[None, start:end], end)
         while len(left):
-            some = slice(None) if len(left) == len(rows) else left
+            some = slice(None) if len(left) == len(s.rows) else left
             block = lambda: s.forward(some, slice(end - B, end), positions[:, -B:], mask[:, :, -B:])
             if step > 0:
                 hidden = block()
@@ -212,20 +212,21 @@ def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperat
     prompt = F.pad(prompt, (-prompt.shape[1] % 32, 0), value=PAD)  # few shapes
     s, step = recorded(model, ("block", *prompt.shape, n_tokens, block_size, rule, tau, clash, temperature),
                        lambda: BlockState(model, prompt, n_tokens, block_size), generator)
-    rows, B = torch.arange(len(prompt), device=prompt.device)[:, None], block_size
+    B = block_size
 
     def forward(n_clean):
-        """A step of every row, at its own block."""
+        """A step of every row, at its own block. What it reads and writes is kept in s: a recorded step finds it there again."""
         slots = s.P + s.block * B - n_clean + s.slot[:n_clean + B]  # (n, n_clean + B)
         hidden = s.forward(slice(None), slots, *s.view(slots, s.P + s.R))[:, :-1]
-        at = rows, s.block * B + s.lane
+        at = s.rows[:, None], s.block * B + s.lane
         tokens = s.commit(at, hidden, unfinished(s.response[at]), s.in_block, rule, tau, clash, temperature, s.generator)
         s.forwards += s.running
         full = ~unfinished(tokens).any(1)
         done = full & ((tokens == EOS).any(1) | (s.block[:, 0] == s.R // B - 1))
+        onward = (full & ~done)[:, None]
         s.running &= ~done
-        s.block += (full & ~done)[:, None]
-        s.in_block.add_(1).masked_fill_((full & ~done)[:, None], 0)
+        s.block += onward
+        s.in_block.add_(1).masked_fill_(onward, 0)
     s.start(prompt)
     step("read", lambda: forward(s.P))
     while s.running.any():

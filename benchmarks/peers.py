@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from common import serve
-from model import EOS, MASK, PAD, KVCache, ar_decode, causal_hidden
+from model import EOS, MASK, PAD, KVCache, ar_decode, causal_hidden, pad_left
 from sampler import block_decode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: the weights are ours
@@ -29,6 +29,11 @@ def missing(package):
         importlib.import_module(package)
     except Exception as error:  # an installed package may fail in ways of its own
         return f"{package} cannot be imported ({type(error).__name__}: {error}): pip install {package}"
+
+
+def to_end(out):
+    """Tokens (N, R) with [PAD] after the first [EOS]."""
+    return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
 
 
 # --- transformers --------------------------------------------------------------------------------------------------------
@@ -64,7 +69,7 @@ def generate(hf, prompt, max_len, cache=None, guess=None):
     out = hf.generate(prompt, attention_mask=(prompt != PAD).long(), max_new_tokens=max_len, do_sample=False, eos_token_id=EOS,
                       pad_token_id=PAD, cache_implementation=cache, prompt_lookup_num_tokens=guess)[:, prompt.shape[1]:]
     out = F.pad(out, (0, max_len - out.shape[1]), value=PAD)
-    return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
+    return to_end(out)
 
 
 # --- Prompt lookup, our own ------------------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ class Student(torch.nn.Module):
 
     def view(self, tokens):
         """Positions (1, T) and mask (1, 1, T, T) of sequences (1, T)."""
-        slot, pad = torch.arange(tokens.shape[1], device=tokens.device), (tokens[:, :self.P] == PAD).sum(1)[:, None]
+        slot, pad = torch.arange(tokens.shape[1], device=tokens.device), pad_left(tokens[:, :self.P])[:, None]
         last = torch.where(slot < self.P, slot, self.P + (slot - self.P) // self.B * self.B + self.B - 1)  # the last slot that each sees
         return (slot - pad).clamp(min=0), (((slot <= last[:, None]) & (slot >= pad[..., None])) | (slot == slot[:, None]))[:, None]
 
@@ -152,7 +157,7 @@ def llada2(model, block_size, tau):
         net.P, R = prompt.shape[1], math.ceil(max_len / block_size) * block_size
         out = pipe(input_ids=prompt, attention_mask=(prompt != PAD).long(), gen_length=R, block_length=block_size, num_inference_steps=block_size,
                    sampling_method="greedy", threshold=tau, editing_threshold=None, eos_token_id=EOS, mask_token_id=MASK, output_type="seq").sequences
-        return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
+        return to_end(out)
     return decode, net
 
 
@@ -189,7 +194,7 @@ def dual_cache(model, block_size, tau):
     def decode(prompt, max_len):
         net.P, R = prompt.shape[1], math.ceil(max_len / block_size) * block_size
         out = theirs.generate_with_dual_cache(net, prompt, steps=R, gen_length=R, block_length=block_size, mask_id=MASK, threshold=tau)[0][:, net.P:]
-        return out.masked_fill(((out == EOS).cumsum(1) - (out == EOS).long()) > 0, PAD)
+        return to_end(out)
     return decode, net
 
 

@@ -228,7 +228,7 @@ def main(cfg):
     run |= efficiency(cfg, student, P, count, run["speedup_b1"])
     run |= peers.compare(cfg, world.max_response, teacher, student, clock(cfg, world, 3.0), ratio)
     lines, run["cost"] = curves(cfg, world, teacher, student, count)
-    run["training"] = training(cfg)
+    run["training"] = training(cfg, world)
     run["seconds"] = time.perf_counter() - start
     try:  # what other devices and numbers of threads have written stays
         before = json.load(open(folder(cfg, "speed.json")))

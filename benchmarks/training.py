@@ -5,6 +5,7 @@ import io
 import tempfile
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ PARTS = {  # stage: its script, and the parts that are timed: name -> where a fu
     "rl": (train_rl, {"roll-out": (train_rl, "rollout"), "replay": (train_rl, "replay_logp"), "CFT loss": (train_rl, "cft_loss"), **UPDATE})}
 
 
-def costs(cfg, stage):
+def costs(cfg, world, stage):
     """A few steps of a stage's own script in a folder of their own: median seconds of a step and of its parts, the dearest first."""
     script, parts = PARTS[stage]
-    device, spent, rows = device_of(cfg), Counter(), []
+    device, spent, rows, began = device_of(cfg), Counter(), [], None
 
     def now():
         if device.type == "cuda":
@@ -44,27 +45,24 @@ def costs(cfg, stage):
         return run
 
     def end_of_step(run, **values):
-        rows.append(dict(spent) | {"step": now() - began[0]})
+        nonlocal began
+        rows.append(dict(spent) | {"step": now() - began})
         spent.clear()
-        began[0] = now()
+        began = now()
 
-    patches = [(where, name, timed(part, getattr(where, name))) for part, (where, name) in parts.items()] + [(Run, "log", end_of_step)]
-    before = [(where, name, getattr(where, name)) for where, name, _ in patches]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        start = {"teacher": "", "init": ""} if stage == "ar" else {"teacher": checkpoint_path(cfg, "ar"), "init": checkpoint_path(cfg, "ar" if stage == "cft" else "cft")}
-        try:
-            for where, name, function in patches:
-                setattr(where, name, function)
-            began = [now()]
-            script.main(dataclasses.replace(cfg, run_dir=folder, max_steps=STEPS, **start))
-        finally:
-            for where, name, function in before:
-                setattr(where, name, function)
+    start = {"teacher": "", "init": ""} if stage == "ar" else {"teacher": checkpoint_path(cfg, "ar"), "init": checkpoint_path(cfg, "ar" if stage == "cft" else "cft")}
+    patches = [(where, name, timed(part, getattr(where, name))) for part, (where, name) in parts.items()]
+    patches += [(Run, "log", end_of_step), (script, "load_world", lambda cfg: world)]  # the folder would have to be filled with it again
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
+        began = now()
+        script.main(dataclasses.replace(cfg, run_dir=folder, max_steps=STEPS, **start))
     median = lambda name: float(np.median([row.get(name, 0.0) for row in rows[2:-1]]))
     return {"step": median("step"), "parts": dict(sorted(((part, median(part)) for part in parts), key=lambda p: -p[1]))}
 
 
-def training(cfg):
+def training(cfg, world):
     """{stage: costs}, CFT also with one noised copy of every block, as the two streams of BD3-LM have it."""
-    out = {stage: costs(cfg, stage) for stage in PARTS}
-    return out | {"cft, one copy of a block": costs(dataclasses.replace(cfg, cft_noise="uniform", cft_answer_states=0), "cft")}
+    out = {stage: costs(cfg, world, stage) for stage in PARTS}
+    return out | {"cft, one copy of a block": costs(dataclasses.replace(cfg, cft_noise="uniform", cft_answer_states=0), world, "cft")}

@@ -12,7 +12,7 @@ import peers  # noqa: E402
 import speed  # noqa: E402
 import training  # noqa: E402
 from config import parse_args  # noqa: E402
-from data import ANSWER, LABEL, PROFILE  # noqa: E402
+from data import ANSWER, LABEL, PROFILE, load_world  # noqa: E402
 from sampler import block_decode  # noqa: E402
 from model import EOS, PAD, ar_decode, causal_hidden  # noqa: E402
 
@@ -20,9 +20,12 @@ LABELS = 4
 E = LABEL + LABELS  # the first token that is neither a template word nor a label
 
 
-def needs(package):
-    reason = peers.missing(package)
+def unless(reason):
     return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+def needs(package):
+    return unless(peers.missing(package))
 
 
 def test_looking_up_takes_the_latest_place_of_the_longest_end():
@@ -122,7 +125,7 @@ def test_transformers_writes_the_same_tokens_with_our_weights(seed):
 
 
 SAMPLERS = [pytest.param(peers.llada2, marks=needs("diffusers"), id="diffusers"),
-            pytest.param(peers.dual_cache, marks=pytest.mark.skipif(peers.fast_dllm() is not None, reason=str(peers.fast_dllm())), id="Fast-dLLM")]
+            pytest.param(peers.dual_cache, marks=unless(peers.fast_dllm()), id="Fast-dLLM")]
 
 
 @pytest.mark.parametrize("peer", SAMPLERS)
@@ -140,7 +143,7 @@ def test_other_samplers_write_the_same_tokens_under_the_same_rule(peer, seed, le
 def test_the_costs_of_a_step_are_measured_on_the_script_itself_and_leave_nothing_behind(tmp_path):
     tiny = "--n_train 64 --n_val 8 --n_test 8 --d_model 16 --n_layer 1 --batch_size 4 --threads 1 --run_dir"
     cfg, before = parse_args("", [*tiny.split(), str(tmp_path)]), training.train_ar.causal_hidden
-    found = training.costs(cfg, "ar")
+    found = training.costs(cfg, load_world(cfg), "ar")
     parts = list(found["parts"].values())
     assert parts == sorted(parts, reverse=True) and min(found["parts"][name] for name in ("forward", "backward", "optimiser")) > 0
     assert sum(parts) <= 1.05 * found["step"]  # medians, each of its own
