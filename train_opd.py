@@ -6,7 +6,7 @@
 CFT shows the student states made by random masks over the teacher's text; while it decodes it meets others, made by its
 own choices. So the student decodes, drawing its tokens, with its cached block sampler, and in the states that it met its
 distributions are pulled towards those of the teacher that reads the same finished text (GKD, arXiv 2306.13649). Two corrections
-limit the harm that this can do (ablations.py has lines without):
+limit the harm that this can do (experiments/ablations.py has lines without):
   - the teacher reads from the left and gives labels to a slot that the student has committed further right; they are
     taken out of the target;
   - a state in which two labels are open weighs as much as one with ten: collisions happen there.

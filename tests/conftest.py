@@ -1,10 +1,11 @@
-"""The repository root on the path, one thread, and the tiny random models that the tests share."""
+"""The repository root and experiments/ on the path, one thread, and the tiny random models that the tests share."""
 import os
 import sys
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "experiments")]
 torch.set_num_threads(1)
 
 from diffusion import every_block, segment_hidden  # noqa: E402

@@ -1,7 +1,7 @@
 """Five questions that the table of evaluate.py leaves open, asked of a finished run.
 
-    python analyse.py --config toy      # 2 minutes on 2 CPU cores
-    python analyse.py --config small    # Amazon Beauty, 4 minutes
+    python experiments/analyse.py --config toy      # 2 minutes on 2 CPU cores
+    python experiments/analyse.py --config small    # Amazon Beauty, 4 minutes
 
 1. How many steps does the answer need? The trace is decoded as always, then the answer in a given number of steps.
 2. Which failure where? Duplicates by place in the answer, dropped labels by place in the incoming list.
@@ -12,16 +12,20 @@ Writes analysis.json and analysis.md beside the report; --seed picks the convers
 """
 import dataclasses
 import json
+import os
+import sys
 
 import numpy as np
 import torch
 
-from common import decode_split, device_of, finished_stages, generator, save_atomically, script, serve
-from config import UserError, folder
-from data import LABEL, NONE, load_world, parse_answers, tensors
-from diffusion import diffusion_loss
-from evaluate import ranking_metrics, score, score_order
-from model import PAD
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from common import decode_split, device_of, finished_stages, generator, save_atomically, script, serve  # noqa: E402
+from config import UserError, folder  # noqa: E402
+from data import LABEL, NONE, load_world, parse_answers, tensors  # noqa: E402
+from diffusion import diffusion_loss  # noqa: E402
+from evaluate import ranking_metrics, score, score_order  # noqa: E402
+from model import PAD  # noqa: E402
 
 
 def decode(cfg, world, model, split, prefix=None, **other):

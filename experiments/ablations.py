@@ -1,8 +1,8 @@
 """What each choice is worth: one run a line and seed, all from the same start, in one table.
 
-    python ablations.py --config toy --ablate cft --seeds 0,1,2     # CFT's choices, from the AR teacher of this run
-    python ablations.py --config toy --ablate opd --seeds 0,1,2     # OPD's choices, from the finished CFT student of this run
-    python ablations.py --config toy --lines "as it is,half as long"  # some lines only
+    python experiments/ablations.py --config toy --ablate cft --seeds 0,1,2     # CFT's choices, from the AR teacher of this run
+    python experiments/ablations.py --config toy --ablate opd --seeds 0,1,2     # OPD's choices, from the finished CFT student of this run
+    python experiments/ablations.py --config toy --lines "as it is,half as long"  # some lines only
 
 Every line is a command that a student would type; other options (--cft_steps, --opd_steps, ...) go through to it, and a stopped
 table goes on where it was. A line's student is judged on the test users at thresholds around the operating point, and compared
@@ -17,10 +17,13 @@ import sys
 
 import numpy as np
 
-from common import checkpoint_path, decode_split, load_stage, save_atomically, script
-from config import PRESETS, Config, UserError, folder
-from data import load_world
-from evaluate import finished_seeds, score, stage_decoder
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from common import checkpoint_path, decode_split, load_stage, save_atomically, script  # noqa: E402
+from config import PRESETS, Config, UserError, folder  # noqa: E402
+from data import load_world  # noqa: E402
+from evaluate import finished_seeds, score, stage_decoder  # noqa: E402
 
 LINES = {
     "cft": {
@@ -107,9 +110,8 @@ def options_of(cfg, name):
 
 def train(stage, settings):
     """Run the script of a stage with these settings {name: value} as options."""
-    script_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"train_{stage}.py")
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
-    subprocess.run([sys.executable, script_path, *(x for k, v in settings.items() for x in (f"--{k}", text(v)))], check=True)
+    subprocess.run([sys.executable, os.path.join(ROOT, f"train_{stage}.py"), *(x for k, v in settings.items() for x in (f"--{k}", text(v)))], check=True)
 
 
 def main(cfg):

@@ -1,7 +1,7 @@
 """Everything about speed, measured in one run on one machine: the student against AR, against peers, and as work grows.
 
-    python benchmarks/speed.py --config small --threads 2    # about 7 minutes on 2 CPU cores
-    python benchmarks/speed.py --config small --beside "answer-only=runs/answer_only/small:ar"   # its latency too
+    python experiments/speed.py --config small --threads 2    # about 7 minutes on 2 CPU cores
+    python experiments/speed.py --config small --beside "answer-only=runs/answer_only/small:ar"   # its latency too
 
 Reads the checkpoints of the run and writes speed.json, speed.md and cost.png beside its report. Decoders run in turn on the
 same prompts, round after round (the first warms up); a ratio is the median over rounds of seconds a token. Tokens count up to
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
+sys.path.insert(0, ROOT)
 
 from common import (decode_split, device_of, last_student, load_stage, new_model, save_atomically, script, serve,  # noqa: E402
                     start_from)

@@ -1,6 +1,6 @@
 """Does an unconditional format reward teach to copy the incoming order? RL from a weak and from the finished student.
 
-    python benchmarks/hacking.py --config toy     # 8 runs of RL, about 7 minutes on 1 CPU core
+    python experiments/hacking.py --config toy     # 8 runs of RL, about 7 minutes on 1 CPU core
 
 Needs the AR teacher and the CFT student of the run. A weak student is made first, by a short CFT. Then RL goes on from each without the
 anchor, the format bonus paid only for a target that rose, or always, with two values of alpha. Everything is read off RL's own log:

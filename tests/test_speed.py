@@ -1,5 +1,3 @@
-import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,14 +5,13 @@ import pytest
 import torch
 from conftest import close, left_padded, tiny_gpt, words
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "benchmarks"))
-import peers  # noqa: E402
-import speed  # noqa: E402
-import training  # noqa: E402
-from config import parse_args  # noqa: E402
-from data import ANSWER, LABEL, PROFILE, load_world  # noqa: E402
-from sampler import block_decode  # noqa: E402
-from model import EOS, PAD, ar_decode, causal_hidden  # noqa: E402
+import peers
+import speed
+import training
+from config import parse_args
+from data import ANSWER, LABEL, PROFILE, load_world
+from sampler import block_decode
+from model import EOS, PAD, ar_decode, causal_hidden
 
 LABELS = 4
 E = LABEL + LABELS  # the first token that is neither a template word nor a label
