@@ -13,6 +13,9 @@ import torch.nn.functional as F
 
 from model import EOS, MASK, PAD, pad_left
 
+CONFIDENCE_NOISE = 0.1  # see unsure_first
+
+
 def full_precision(logits):
     """Logits that autocast made in bfloat16 as float32, others as they are: softmax needs the digits."""
     return logits.float() if logits.dtype == torch.bfloat16 else logits
@@ -90,11 +93,12 @@ def fill_last_block(response, block_size):
     return torch.where(real & (response == PAD), EOS, response), real
 
 
-def draw_noise(n_segments, block_size, kind, first_step, generator, device=None):
+def draw_noise(n_segments, block_size, kind, first_step, generator, device=None, score=None):
     """Noise for blocks: masks (n_segments, S, B), True = [MASK], and loss weights of masked slots, the same shape.
 
     Slots 1..B-1 of a block are masked with probability t, one t a block, stratified over the blocks of the batch
-    (the k-th of n strata of (0, 1]); slot 0 is known from the clean stream and is shown clean.
+    (the k-th of n strata of (0, 1]); slot 0 is known from the clean stream and is shown clean. score (n_segments, B): in [0, 1),
+    the slots below t are masked; default: drawn for every slot on its own.
         uniform        S = 1, t ~ U(0, 1],   weight 1/t: the exact bound (MDLM, arXiv 2406.07524, eq. 10)
         clipped        S = 1, t ~ U[.3, .8], weight 1/t: lower variance, biased (BD3-LM, sec. 5.2)
         complementary  S = 2, the second masks what the first shows: every token is masked exactly once a pair,
@@ -109,7 +113,7 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None)
     t = 1 - (strata + rand(n)) / n  # (0, 1]
     if kind == "clipped":
         t = 0.3 + 0.5 * t
-    masked = rand(n, B) < t[:, None]
+    masked = (rand(n, B) if score is None else score) < t[:, None]
     masked[:, 0] = False
     all_masked = rand(n, 1) < first_step
     first = torch.arange(B, device=device) == 0
@@ -122,7 +126,7 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None)
 
 
 def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_step=0.0, generator=None, weight=None,
-                   extra=None, source=None, rows=slice(None)):
+                   extra=None, unsure=False, source=None, rows=slice(None)):
     """Masked-diffusion loss with the token shift, a scalar in nats per token.
 
     -log p(y) <= sum over blocks of  -log p(first token | clean past)
@@ -132,7 +136,8 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
 
     prompt (N, P) left-padded; response (N, R) right-padded with [PAD] after [EOS]; weight (N, R) loss weight of each token
     (default 1), the normaliser being the sum of the weights; extra (N, E) blocks that are noised once more for every time
-    they are named: more states of the same block in one forward, whose mean takes the place of the single draw;
+    they are named: more states of the same block in one forward, whose mean takes the place of the single draw; unsure: these
+    hide what the model is unsure of (unsure_first), and the value is no estimate of the bound;
     source (N, R) the slot whose token each slot shows (a permutation; default: its own): then y is still what the model must
     say, but what it sees differs, and masked slots must become what is left (what_is_left); rows: the part of the batch whose
     loss is summed, the draws and the normaliser being those of the whole.
@@ -145,12 +150,17 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     source = slot if source is None else torch.cat((source, slot[:, R:]), dim=1)
     shown = response.gather(1, source)
     weight = F.pad(weight, (0, response.shape[1] - weight.shape[1]), value=1.0) * real
-    block = every_block(response, block_size)  # (N, blocks)
+    block, n_blocks, B = every_block(response, block_size), response.shape[1] // block_size, block_size  # (N, blocks)
     if extra is not None:
         block = torch.cat((block, extra), dim=1)
-    (N, M), B = block.shape, block_size
+    N, M = block.shape
     times = (block[:, :, None] == block[:, None]).sum(2)  # (N, M) how often the same block is there
-    masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, response.device))
+    score = None
+    if unsure and M > n_blocks:
+        score = torch.rand(N, M, B, generator=generator).to(response.device)
+        score[rows, n_blocks:] = unsure_first(model, prompt[rows], shown[rows], block[rows, n_blocks:], score[rows, n_blocks:])
+        score = score.flatten(0, 1)
+    masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, response.device, score))
     S = masks.shape[2]
     block, times = block.repeat_interleave(S, 1), times.repeat_interleave(S, 1)  # (N, M S)
     of_block = lambda x: take_blocks(x, block, B)  # (N, R) -> (N, M S, B)
@@ -163,6 +173,19 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     hidden = segment_hidden(model, prompt, shown, noised, block)
     nats = F.cross_entropy(full_precision(model.logits(hidden.flatten(0, 2)[needed])), target.flatten()[needed], reduction="none")
     return (nats * share.flatten()[needed]).sum() / weight.sum()
+
+
+@torch.no_grad()
+def unsure_first(model, prompt, clean, block, score):
+    """Noise like the sampler's, which writes first what is sure: scores (N, E, B) for draw_noise that grow with the model's
+    confidence in the first state of the blocks, all [MASK]. Slots whose confidence is equal up to CONFIDENCE_NOISE are in the order of
+    the given random scores. prompt (N, P), clean (N, R), block (N, E)."""
+    B = score.shape[-1]
+    first_state = torch.full((*block.shape, B), MASK, device=block.device)
+    confidence = full_precision(model.logits(segment_hidden(model, prompt, clean, first_state, block))).softmax(-1).amax(-1)
+    confidence[..., 0] = 2  # slot 0 is never masked: the ranks below are the others'
+    rank = (confidence + CONFIDENCE_NOISE * score).argsort(-1).argsort(-1)  # (N, E, B)
+    return (rank + score) / (B - 1)
 
 
 def what_is_left(source, block, masked):

@@ -37,6 +37,7 @@ LINES = {
         "answer weight 1": dict(answer_weight=1.0),
         "answer weight 16": dict(answer_weight=16.0),
         "no extra answer states": dict(cft_answer_states=0),
+        "extra answer states with random masks": dict(cft_unsure=False),
         "half as long": dict(cft_steps=0.5),
         "twice as long": dict(cft_steps=2.0),
         "reference orders instead of the teacher's": dict(cft_gold=True),

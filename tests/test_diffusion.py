@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import VOCAB, close, left_padded, stream_hidden, tiny_gpt, words
-from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, what_is_left
+from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, unsure_first, what_is_left
 from model import EOS, MASK, PAD, RECORDED, ar_decode, causal_hidden, replay_ar_decode
 from sampler import NEVER, block_decode, choose, replay_block_decode
 
@@ -593,3 +593,26 @@ def test_at_block_size_one_the_loss_is_the_autoregressive_one(kind, first_step):
         counted = (torch.ones_like(weight) if w is None else w) * (response != PAD)
         loss = diffusion_loss(model, prompt, response, 1, kind, first_step, gen(), w)
         close(loss, (nats * counted).sum() / counted.sum(), atol=1e-6)
+
+
+@torch.no_grad()
+def test_states_that_hide_what_is_unsure_hide_the_least_sure_slots(monkeypatch):
+    """Without noise on the confidence, the masked slots of a state are those that the sampler's first step is least sure of; with it,
+    slots that are nearly as sure change places."""
+    model, prompt, B = tiny_gpt(), left_padded(LENGTHS), 4
+    clean = words(len(LENGTHS), 8, seed=1).clamp(min=EOS)
+    block = torch.tensor([[0, 1, 1]]).expand(len(LENGTHS), -1)
+    score = torch.rand(len(LENGTHS), 3, B, generator=gen(), dtype=torch.float64)
+    first_state = lambda p, r, b: plain_hidden(model, p[p != PAD], torch.cat((r[:b * B], torch.full((B,), MASK))), B)[-B:]
+    confidence = [[model.logits(first_state(p, r, b)).softmax(-1).amax(-1) for b in row] for p, r, row in zip(prompt, clean, block.tolist())]
+    monkeypatch.setattr("diffusion.CONFIDENCE_NOISE", 0)
+    found = unsure_first(model, prompt, clean, block, score)
+    assert found.shape == score.shape and (found[..., 0] > 1 - 1e-9).all() and (found[..., 1:] >= 0).all() and (found[..., 1:] < 1).all()
+    for n, row in enumerate(confidence):
+        for m, c in enumerate(row):
+            assert found[n, m, 1:].argsort().tolist() == c[1:].argsort().tolist()
+    monkeypatch.setattr("diffusion.CONFIDENCE_NOISE", 1e6)
+    assert torch.equal(unsure_first(model, prompt, clean, block, score)[..., 1:].argsort(-1), score[..., 1:].argsort(-1))
+    masks, _ = draw_noise(len(LENGTHS) * 3, B, "complementary", 0.0, gen(), score=found.flatten(0, 1))
+    for mask, s in zip(masks[:, 0], found.flatten(0, 1)):
+        assert not mask.any() or s[mask].max() < s[~mask].min()
