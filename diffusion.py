@@ -156,7 +156,7 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     N, M = block.shape
     times = (block[:, :, None] == block[:, None]).sum(2)  # (N, M) how often the same block is there
     score = None
-    if unsure and M > n_blocks:
+    if unsure and M > n_blocks and B > 1:  # at B = 1 nothing is masked
         score = torch.rand(N, M, B, generator=generator).to(response.device)
         score[rows, n_blocks:] = unsure_first(model, prompt[rows], shown[rows], block[rows, n_blocks:], score[rows, n_blocks:])
         score = score.flatten(0, 1)
