@@ -616,3 +616,13 @@ def test_states_that_hide_what_is_unsure_hide_the_least_sure_slots(monkeypatch):
     masks, _ = draw_noise(len(LENGTHS) * 3, B, "complementary", 0.0, gen(), score=found.flatten(0, 1))
     for mask, s in zip(masks[:, 0], found.flatten(0, 1)):
         assert not mask.any() or s[mask].max() < s[~mask].min()
+
+
+@torch.no_grad()
+def test_parts_of_a_batch_find_their_own_unsure_slots():
+    """What several processes do: the losses of the parts add up to the loss of the whole, and differ from random slots'."""
+    model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 9, seed=1)
+    extra = torch.tensor([[1, 2, 2]]).expand(len(LENGTHS), -1)
+    loss = lambda unsure, rows=slice(None): diffusion_loss(model, prompt, response, 4, "complementary", 0.3, gen(), extra=extra, unsure=unsure, rows=rows)
+    close(loss(True), loss(True, slice(0, 2)) + loss(True, slice(2, None)), atol=1e-9)
+    assert abs(loss(True) - loss(False)) > 1e-3
