@@ -150,10 +150,11 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     source = slot if source is None else torch.cat((source, slot[:, R:]), dim=1)
     shown = response.gather(1, source)
     weight = F.pad(weight, (0, response.shape[1] - weight.shape[1]), value=1.0) * real
-    block, n_blocks, B = every_block(response, block_size), response.shape[1] // block_size, block_size  # (N, blocks)
+    block = every_block(response, block_size)  # (N, blocks)
+    n_blocks = block.shape[1]
     if extra is not None:
         block = torch.cat((block, extra), dim=1)
-    N, M = block.shape
+    (N, M), B = block.shape, block_size
     times = (block[:, :, None] == block[:, None]).sum(2)  # (N, M) how often the same block is there
     score = None
     if unsure and M > n_blocks and B > 1:  # at B = 1 nothing is masked

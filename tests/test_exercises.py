@@ -19,7 +19,7 @@ import torch
 
 import sampler
 import train_rl
-from conftest import left_padded, tiny_gpt, words
+from conftest import ROOT, left_padded, tiny_gpt, words
 from common import load_tensors
 from config import Config, UserError, parse_args
 from data import load_world
@@ -27,7 +27,6 @@ from diffusion import diffusion_loss, fill_last_block, segment_hidden
 from model import EOS, MASK, PAD, ar_decode
 from sampler import NEVER, block_decode
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 UNTOUCHED = bool(os.environ.get("UNTOUCHED"))
 pytestmark = pytest.mark.xfail(UNTOUCHED, reason="not solved in the code as it is given", strict=True, raises=AssertionError)
 T95 = {3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile of Student's t for so many seeds (one degree of freedom less)

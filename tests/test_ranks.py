@@ -14,9 +14,9 @@ import evaluate
 import gradients
 import train_ar
 import train_cft
+from conftest import ROOT
 from test_recipe import TINY, run
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OPTIONS = ["--bfloat16", "false", "--ar_steps", "20", "--cft_steps", "20", "--n_test", "20"]
 
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from conftest import ROOT
 from evaluate import summary
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COLUMNS = {"R@1": ("strict", "recall@1"), "N@10": ("strict", "ndcg@10"), "MRR": ("strict", "mrr"), "share of gain": ("ar_gain_share",),
            "valid": ("valid",), "faithful": ("faithful",), "identity": ("identity",), "forwards": ("forwards",),
            "tok/fwd": ("tokens_per_forward",), "ms": ("latency_ms",), "× AR, batch 1": ("speedup_b1",), "× AR, batch 64": ("speedup_batch",)}

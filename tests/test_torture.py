@@ -11,9 +11,8 @@ import torch
 import common
 import train_ar
 import torture
+from conftest import ROOT
 from test_recipe import TINY, checkpoint, refused, run
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def stopped(monkeypatch, capsys, run_dir):
