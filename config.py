@@ -128,7 +128,8 @@ PRESETS = {
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413,
         n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=12000, ar_lr=2e-3, cft_steps=4000, cft_lr=1e-3, cft_prompts=131413, cft_misplace=0.9, cft_unsure=True,
+        ar_steps=12000, ar_lr=2e-3, cft_steps=5000, cft_lr=1e-3, cft_prompts=131413, cft_misplace=0.9, cft_unsure=True,
+        cft_gold=True, cft_noise="uniform", cft_answer_states=3,
         opd_steps=100, opd_lr=2e-4, opd_divergence="jsd", rl_steps=200,
         rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.98,1.0", tau=0.99, clash=0.1),
     "full": dict(

@@ -1,11 +1,12 @@
 """Stage 2, CFT: conversion fine-tuning, which turns the AR teacher into a block-diffusion model.
 
     python train_cft.py --config toy      # 5 minutes on 2 CPU cores; expect .998 valid at 7.8 tokens a forward
-    python train_cft.py --config small    # Amazon Beauty, about an hour on 1 CPU core; expect .998 valid at 8.2
+    python train_cft.py --config small    # Amazon Beauty, over an hour on 1 CPU core; expect .999 valid at 7.7
 
 The teacher first answers `cft_prompts` training prompts, once. Its greedy outputs are a nearly deterministic function of
 the prompt, and that is what decoding many tokens at once needs: where several labels are equally likely, independent
-choices collide, and the answer shows a label twice and another not at all. Then the masked-diffusion loss, from the
+choices collide, and the answer shows a label twice and another not at all. (`small` takes the reference orders, which are a
+function of the prompt too, without the teacher's own mistakes: --cft_gold, results/findings.md.) Then the masked-diffusion loss, from the
 teacher's weights, with the answer weighted above the trace.
 
 Logged: loss; now and then valid and tokens_per_forward of 64 validation users, decoded at the operating point. valid dips first
