@@ -76,6 +76,7 @@ class Config:
     cft_answer_states: int = 2   # extra noise draws of the answer's blocks in every step: the answer is the hard part
     cft_unsure: bool = False     # these hide what the model is least sure of, like the sampler's own states; else random slots
     cft_misplace: float = 0.5    # share of training answers that show labels in wrong places
+    cft_penalty: float = 0.0     # weight of -log(1 - P(labels that the answer shows already))
     cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
     cft_prompts: int = 10000     # training prompts that the teacher answers, once, before CFT
 
@@ -129,7 +130,7 @@ PRESETS = {
         world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413,
         n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
         ar_steps=12000, ar_lr=2e-3, cft_steps=5000, cft_lr=1e-3, cft_prompts=131413, cft_misplace=0.9, cft_unsure=True,
-        cft_gold=True, cft_noise="uniform", cft_answer_states=3,
+        cft_gold=True, cft_noise="uniform", cft_answer_states=3, cft_penalty=10.0,
         opd_steps=100, opd_lr=2e-4, opd_divergence="jsd", rl_steps=200,
         rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.98,1.0", tau=0.99, clash=0.1),
     "full": dict(

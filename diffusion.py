@@ -126,7 +126,7 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None,
 
 
 def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_step=0.0, generator=None, weight=None,
-                   extra=None, unsure=False, source=None, rows=slice(None)):
+                   extra=None, unsure=False, source=None, once=None, rows=slice(None)):
     """Masked-diffusion loss with the token shift, a scalar in nats per token.
 
     -log p(y) <= sum over blocks of  -log p(first token | clean past)
@@ -139,8 +139,12 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     they are named: more states of the same block in one forward, whose mean takes the place of the single draw; unsure: these
     hide what the model is unsure of (unsure_first), and the value is no estimate of the bound;
     source (N, R) the slot whose token each slot shows (a permutation; default: its own): then y is still what the model must
-    say, but what it sees differs, and masked slots must become what is left (what_is_left); rows: the part of the batch whose
-    loss is summed, the draws and the normaliser being those of the whole.
+    say, but what it sees differs, and masked slots must become what is left (what_is_left);
+    once (N, R) for slots whose tokens must all differ, a ranking, the weight of -log(1 - P(tokens that the state shows in such
+    slots already)) where they are masked, 0 elsewhere: unlikelihood training (arXiv 1908.04319, sec. 5), with the probability
+    of the whole set. Cross-entropy asks the same whether the rest of the mass is on a worse label or on one that is taken;
+    only the second makes the answer invalid; rows: the part of the batch whose loss is summed, the draws and the normaliser
+    being those of the whole.
     """
     weight = torch.ones(response.shape, device=response.device) if weight is None else weight
     weight = torch.where(response == PAD, 1.0, weight)  # the fill behind [EOS] weighs 1, however wide the batch came
@@ -169,10 +173,19 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     masked = masks.flatten(1, 2) & of_block(real)
     noised = torch.where(masked, MASK, of_block(shown))
     target = response.gather(1, what_is_left(source, block, masked).flatten(1)).view(noised.shape)
-    prompt, shown, noised, block, share, target = (x[rows] for x in (prompt, shown, noised, block, share, target))
+    once = torch.zeros_like(weight) if once is None else F.pad(once, (0, response.shape[1] - R))
+    repeat = of_block(once) * masked  # (N, M S, B) weight of what is already there
+    prompt, shown, noised, block, masked, share, target, once, repeat = (
+        x[rows] for x in (prompt, shown, noised, block, masked, share, target, once, repeat))
     needed = share.flatten().nonzero()[:, 0]  # found before the forward: looking for them waits for the GPU
     hidden = segment_hidden(model, prompt, shown, noised, block)
-    nats = F.cross_entropy(full_precision(model.logits(hidden.flatten(0, 2)[needed])), target.flatten()[needed], reduction="none")
+    logits = full_precision(model.logits(hidden.flatten(0, 2)[needed]))  # (needed, V)
+    nats = F.cross_entropy(logits, target.flatten()[needed], reduction="none")
+    again = repeat.flatten()[needed].nonzero()[:, 0]
+    if len(again):
+        there = tokens_shown(shown, once > 0, block, masked, logits.shape[1]).flatten(0, 1)[needed[again] // B]
+        p_there = (logits[again].softmax(-1) * there).sum(-1).clamp(max=1 - 1e-6)
+        nats = nats.index_add(0, again, -repeat.flatten()[needed[again]] * torch.log1p(-p_there))
     return (nats * share.flatten()[needed]).sum() / weight.sum()
 
 
@@ -189,18 +202,31 @@ def unsure_first(model, prompt, clean, block, score):
     return (rank + score) / (B - 1)
 
 
+def still_open(block, masked, R):
+    """The slots of a response that segments do not show, masked or behind their block: block (N, M), masked (N, M, B) -> bool (N, M, R)."""
+    start, slot = block[..., None] * masked.shape[-1], torch.arange(R, device=block.device)
+    return (slot >= start).scatter(2, start + slot[:masked.shape[-1]], masked)
+
+
+def tokens_shown(response, where, block, masked, n_words):
+    """The words that segments and the clean text before them show in the slots `where`: response, where (N, R), block (N, M),
+    masked (N, M, B) -> bool (N, M, n_words)."""
+    words = torch.where(where[:, None] & ~still_open(block, masked, response.shape[1]), response[:, None], PAD)  # (N, M, R)
+    shown = torch.zeros(*block.shape, n_words, dtype=torch.bool, device=block.device).scatter(2, words, True)
+    shown[..., PAD] = False
+    return shown
+
+
 def what_is_left(source, block, masked):
     """What the masked slots of segments must become: the tokens that the segment and the clean text before it do not show, in the
     order of the response. source (N, R), block (N, M), masked (N, M, B) -> slots of the response (N, M, B); slot 0 is
     predicted from the clean text alone, whether it is masked or not. If source is the identity, so is this.
     """
     B, R = masked.shape[-1], source.shape[1]
-    start = block[..., None] * B
-    slot = torch.arange(R, device=source.device)
-    open_ = (slot >= start).scatter(2, start + slot[:B], masked)  # (N, M, R): masked, or behind the block
-    left = torch.where(open_, source[:, None], R).sort(-1).values
+    left = torch.where(still_open(block, masked, R), source[:, None], R).sort(-1).values
     left = left.gather(2, (masked.cumsum(-1) - 1).clamp(min=0)).clamp(max=R - 1)  # R: nothing is left, and no slot asks
-    first = torch.where(slot >= start, source[:, None], R).amin(-1, keepdim=True)
+    behind = torch.arange(R, device=source.device) >= block[..., None] * B  # (N, M, R) in the block or behind it
+    first = torch.where(behind, source[:, None], R).amin(-1, keepdim=True)
     return torch.cat((first, left[..., 1:]), dim=-1)
 
 

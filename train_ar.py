@@ -24,6 +24,11 @@ def in_answer(tokens):
     return (tokens == ANSWER).cumsum(1) - (tokens == ANSWER).long() > 0
 
 
+def answer_labels(tokens):
+    """Which tokens (N, R) belong to the ranking itself, without [EOS] and padding: bool (N, R)."""
+    return in_answer(tokens) & (tokens != EOS) & (tokens != PAD)
+
+
 def token_weights(response, answer_weight):
     """Loss weight of every token of responses (N, R): 1 in the trace, answer_weight behind <answer>, 0 for padding."""
     return torch.where(in_answer(response), answer_weight, 1.0) * (response != PAD)
@@ -38,7 +43,7 @@ def misplaced(response, share, generator):
     """
     N, R = response.shape
     slot = torch.arange(R, device=response.device)
-    label = in_answer(response) & (response != EOS) & (response != PAD)
+    label = answer_labels(response)
     rand = lambda *size: torch.rand(*size, generator=generator).to(response.device)
     reach = 10 * rand(N, 1) ** 3 * (rand(N, 1) < share)  # in places, one draw an example: mostly about one, now and then anywhere
     moved = slot + reach * torch.randn(N, R, generator=generator).to(response.device)

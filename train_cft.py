@@ -7,7 +7,7 @@ The teacher first answers `cft_prompts` training prompts, once. Its greedy outpu
 the prompt, and that is what decoding many tokens at once needs: where several labels are equally likely, independent
 choices collide, and the answer shows a label twice and another not at all. (`small` takes the reference orders, which are a
 function of the prompt too, without the teacher's own mistakes: --cft_gold, results/findings.md.) Then the masked-diffusion loss, from the
-teacher's weights, with the answer weighted above the trace.
+teacher's weights, with the answer weighted above the trace, and, with --cft_penalty, a price on giving a label that is taken.
 
 Logged: loss; now and then valid and tokens_per_forward of 64 validation users, decoded at the operating point. valid dips first
 while tokens_per_forward rises: judge both together.
@@ -23,7 +23,7 @@ from common import (Run, checkpoint_path, decode_split, device_of, draw_batch, g
 from data import ANSWER, load_world, parse_answers, tensors
 from diffusion import diffusion_loss
 from model import PAD, ar_decode
-from train_ar import misplaced, token_weights
+from train_ar import answer_labels, misplaced, token_weights
 
 
 def teacher_outputs(cfg, world, teacher):
@@ -78,7 +78,8 @@ def cft_loss(cfg, world, model, outputs, gen):
         return diffusion_loss(model, prompt, response, cfg.block_size, cfg.cft_noise, cfg.cft_first_step, gen,
                               token_weights(response, cfg.answer_weight),
                               answer_blocks(response, cfg.block_size, cfg.cft_answer_states), cfg.cft_unsure,
-                              misplaced(response, cfg.cft_misplace, gen), mine(cfg.batch_size))
+                              misplaced(response, cfg.cft_misplace, gen), cfg.cft_penalty * answer_labels(response),
+                              mine(cfg.batch_size))
 
 
 def validate(cfg, world, model, n=64):

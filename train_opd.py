@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from common import (Run, device_of, draw_batch, gathered, generator, half, load_stage, mine, of_my_own, script, start_from,
                     total, valid_rate)
 from data import LABEL, load_world, tensors
-from diffusion import decode_states, every_block, fill_last_block, full_precision, segment_hidden, take_blocks
+from diffusion import decode_states, every_block, fill_last_block, full_precision, segment_hidden, take_blocks, tokens_shown
 from model import MASK, PAD, causal_hidden
 from sampler import DRAWN_CLASH, NEVER, Decoded, block_decode
-from train_ar import in_answer, token_weights
+from train_ar import answer_labels, in_answer, token_weights
 from train_cft import answer_blocks, cft_loss, teacher_outputs, validate
 
 
@@ -86,9 +86,10 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
     step = of_block(decoded.commit_step)
     n_steps = step.masked_fill(step == NEVER, -1).amax(-1) + 1
     state = (torch.rand(n_steps.shape, generator=gen).to(n_steps.device) * n_steps).long()  # (N, M)
-    noised, masked = decode_states(decoded, block, state, B)  # (N, M, B)
+    noised, open_ = decode_states(decoded, block, state, B)  # (N, M, B)
     hidden = segment_hidden(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
     first = torch.arange(B, device=step.device) == 0
+    masked = open_
     if cfg.opd_states == "committed":
         masked = step == state[..., None]
     elif cfg.opd_states == "next":
@@ -101,7 +102,11 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
         hidden_t = hidden_t.gather(1, block[..., None, None].expand(-1, -1, B, hidden_t.shape[-1]))[scored]
         target = full_precision(teacher.logits(hidden_t)) / cfg.opd_temperature  # (scored, V)
         if cfg.opd_exclude:
-            target = target.masked_fill(labels_shown(noised, of_block(in_answer(decoded.tokens)), n_labels, target.shape[1])[scored], -1e4)
+            # The teacher reads from the left: to the slots before it, it gives labels that the student has committed further right.
+            # A block's first token is predicted from the clean text alone, so there nothing is taken that the teacher does not see.
+            answer = answer_labels(decoded.tokens)
+            shown = tokens_shown(decoded.clean, answer, block, open_, target.shape[1])[:, :, None]  # (N, M, 1, V)
+            target = target.masked_fill((shown & (open_ & of_block(answer))[..., None])[scored], -1e4)
     distance = divergence(full_precision(student.logits(hidden[scored])), target, cfg.opd_divergence, cfg.opd_beta)
     # A state in which few tokens are left weighs as much as one with many (as 1/t does in the CFT loss): there the last
     # labels must be told from those that are taken. Nor do more states of a block make it weigh more.
@@ -110,18 +115,6 @@ def opd_loss(cfg, student, teacher, prompt, decoded, gen, n_labels=0):
     share = tokens / scored.sum(-1, keepdim=True).clamp(min=1) / times
     weight = (of_block(token_weights(decoded.tokens, cfg.answer_weight)) * share)[scored]
     return (distance * weight).sum() / total(weight.sum())
-
-
-def labels_shown(noised, answer, n_labels, n_words):
-    """Words that the target of a slot must not be: the labels that the answer shows already in this state. noised, answer
-    (N, M, B) -> bool (N, M, B, V), False outside the answer.
-
-    The AR teacher reads from the left: to the slots before it, it gives labels that the student has committed further right.
-    """
-    words = torch.arange(n_words, device=noised.device)
-    is_label = (words >= LABEL) & (words < LABEL + n_labels)
-    shown = ((noised[..., None] == words) & answer[..., None]).any(2, keepdim=True) & is_label  # (N, M, 1, V)
-    return shown & answer[..., None]
 
 
 def behind_a_wrong_label(tokens, n_labels):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import VOCAB, close, left_padded, stream_hidden, tiny_gpt, words
-from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, unsure_first, what_is_left
+from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, tokens_shown, unsure_first, what_is_left
 from model import EOS, MASK, PAD, RECORDED, ar_decode, causal_hidden, replay_ar_decode
 from sampler import NEVER, block_decode, choose, replay_block_decode
 
@@ -153,6 +153,47 @@ def test_masked_slots_must_become_what_their_segment_does_not_show(B):
     own = torch.arange(R).expand(N, -1)
     at = block[..., None] * B + torch.arange(B)
     assert torch.equal(what_is_left(own, block, masked)[masked], at[masked])
+
+
+@pytest.mark.parametrize("B", [1, 4])
+def test_tokens_shown_are_those_of_the_clean_past_and_the_unmasked_slots(B):
+    torch.manual_seed(0)
+    N, R, M = 4, 12, 5
+    response, where = words(N, R), torch.rand(N, R) < 0.5
+    block, masked = torch.randint(R // B, (N, M)), torch.rand(N, M, B) < 0.5
+    shown = tokens_shown(response, where, block, masked, VOCAB)
+    for n, m in itertools.product(range(N), range(M)):
+        start = int(block[n, m]) * B
+        slots = [*range(start), *(start + j for j in range(B) if not masked[n, m, j])]
+        assert set(shown[n, m].nonzero()[:, 0].tolist()) == {int(response[n, r]) for r in slots if where[n, r]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["uniform", "complementary"])
+def test_the_penalty_is_on_tokens_of_the_set_that_a_state_shows_already(kind):
+    """The loss with the penalty less the loss without, against a loop over segments and their masked slots."""
+    model, prompt, response, B = tiny_gpt(), left_padded(LENGTHS), words(6, 9, seed=1), 3
+    once = torch.zeros(6, 9).double()
+    once[:, 2:8] = 5.0
+    source = torch.arange(9).expand(6, -1).clone()
+    source[:, [2, 3, 5]] = torch.tensor([5, 2, 3])
+    shown = response.gather(1, source)
+    loss = lambda once, rows=slice(None): diffusion_loss(model, prompt, response, B, kind, 0.3, gen(), source=source, once=once, rows=rows)
+    masks, share = draw_noise(18, B, kind, 0.3, gen())
+    exact = counted = 0
+    for n, b, s in itertools.product(range(6), range(3), range(masks.shape[1])):
+        masked = masks[3 * n + b, s]
+        state = torch.where(masked, MASK, shown[n, 3 * b:3 * b + 3])
+        p = model.logits(block_hidden(model, prompt[n, 6 - LENGTHS[n]:], shown[n], state, B, b)).softmax(-1)  # (B, V)
+        there = {int(shown[n, r]) for r in range(3 * b + 3) if once[n, r] and (r < 3 * b or not masked[r - 3 * b])}
+        for j in range(B):
+            if masked[j] and once[n, 3 * b + j] and there:
+                exact -= 5.0 * share[3 * n + b, s, j].double() * math.log(1 - p[j, sorted(there)].sum())
+                counted += 1
+    assert counted > 10 and exact > 1
+    close(loss(once) - loss(None), exact / 54, atol=1e-6)
+    close(loss(once, slice(0, 2)) + loss(once, slice(2, 6)), loss(once), atol=1e-12)
+    close(loss(0 * once), loss(None), atol=1e-12)
 
 
 def test_misplaced_labels_change_what_is_seen_and_asked_and_at_block_size_1_it_is_the_ar_loss():

@@ -18,7 +18,7 @@ from data import ANSWER, LABEL, tensors, toy_world
 from diffusion import diffusion_loss, replay_logp
 from model import EOS, MASK, PAD, causal_hidden
 from sampler import NEVER, Decoded, block_decode
-from train_ar import best_left, in_answer, misplaced, token_weights
+from train_ar import answer_labels, best_left, in_answer, misplaced, token_weights
 from train_opd import divergence, opd_loss
 from train_rl import advantages, policy_loss, reward
 
@@ -69,17 +69,18 @@ def test_cft_trains_every_teacher_output_behind_its_own_prompt(monkeypatch):
     world, seen = toy_world(CFG), []
     outputs = words(40, 6)  # of the first 40 training prompts
 
-    def loss(model, prompt, response, block_size, kind, first_step, generator, weight, extra, unsure, source, rows):
+    def loss(model, prompt, response, block_size, kind, first_step, generator, weight, extra, unsure, source, once, rows):
         rows = [int((outputs == r).all(1).nonzero()[0]) for r in response]
         assert torch.equal(prompt, tensors(world.train, rows, "cpu")[0]) and torch.equal(weight, token_weights(response, 4.0))
         assert (block_size, kind, first_step, unsure) == (16, "complementary", 0.3, False)
         assert torch.equal(extra, train_cft.answer_blocks(response, 16, 2))
+        assert torch.equal(once, 3.0 * answer_labels(response))
         assert torch.equal(source.sort(1).values, torch.arange(6).expand(len(rows), -1))
         seen.extend(rows)
 
     monkeypatch.setattr(train_cft, "diffusion_loss", loss)
     for seed in range(20):
-        train_cft.cft_loss(CFG, world, None, outputs, gen(seed))
+        train_cft.cft_loss(replace(CFG, cft_penalty=3.0), world, None, outputs, gen(seed))
     assert len(set(seen)) > 20
 
 
@@ -153,7 +154,7 @@ def test_divergence_stays_finite_where_a_token_is_impossible(kind):
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 def test_opd_loss_vanishes_for_the_teacher_itself_at_block_size_one_and_only_there(kind):
     model, prompt = tiny_gpt(), left_padded(LENGTHS)
-    cfg = replace(CFG, block_size=1, opd_divergence=kind)
+    cfg = replace(CFG, block_size=1, opd_divergence=kind, opd_exclude=False)
     loss = lambda student, cfg: opd_loss(cfg, student, model, prompt, block_decode(student, prompt, 8, cfg.block_size), gen())
     assert abs(loss(model, cfg)) < 1e-6
     assert loss(tiny_gpt(3), cfg) > 1e-2
@@ -164,7 +165,7 @@ def test_opd_loss_vanishes_for_the_teacher_itself_at_block_size_one_and_only_the
 @pytest.mark.parametrize("seed, behind", [(3, "open"), (5, "committed")])
 def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_one_state_a_block(seed, behind, states):
     student, teacher, prompt, B = tiny_gpt(seed), tiny_gpt(0), words(1, 3, seed={3: 7, 5: 10}[seed]), 4
-    cfg = replace(CFG, block_size=B, opd_answer_states=0, answer_weight=1.0, opd_states=states)
+    cfg = replace(CFG, block_size=B, opd_answer_states=0, answer_weight=1.0, opd_states=states, opd_exclude=False)
     decoded = block_decode(student, prompt, 2 * B, B, "threshold", 0.9)
     tokens, steps = decoded.tokens[0], decoded.commit_step[0].view(2, B)
     end = int((tokens != PAD).sum())
@@ -208,15 +209,33 @@ def test_more_states_of_the_answer_weigh_as_one_and_answer_tokens_by_their_weigh
         close(opd_loss(cfg, student, teacher, words(1, 3), decoded, gen()), expected, atol=1e-6)
 
 
-def test_labels_that_a_state_shows_are_no_target():
+@torch.no_grad()
+def test_labels_that_a_state_shows_are_no_target_of_its_masked_slots():
+    student, teacher, prompt, B = tiny_gpt(3), tiny_gpt(0), words(1, 3), 4
+    tokens = torch.tensor([[ANSWER, 3, 4, 5, 6, 8, 9, EOS]])  # all behind <answer> are labels, but for [EOS]
+    decoded = Decoded(tokens, tokens, torch.tensor([[0, 0, 0, 0, 0, 1, 0, 1]]), torch.zeros(1, 8), None)
+    cfg = replace(CFG, block_size=B, opd_answer_states=0, answer_weight=1.0)
+    target = teacher.logits(causal_hidden(teacher, prompt, tokens))[0]
+    possible = {}
+    # by state of the second block: slots scored, slots without the labels that are shown, those labels. Slot 4 is predicted from the
+    # clean text alone, whatever its block shows: once it stands there its own label is still its target.
+    for state, (scored, masked, shown) in enumerate((([4, 5, 6, 7], [4, 5, 6], [3, 4, 5]), ([4, 5, 7], [5], [3, 4, 5, 6, 9]))):
+        noised = torch.tensor([MASK] * 4 + ([MASK] * 4 if state == 0 else [6, MASK, 9, MASK]))
+        logits = student.logits(stream_hidden(student, prompt, tokens, noised[None, None], B)[0, 0])
+        left = target.clone()
+        for slot in masked:
+            left[slot, shown] = -1e4
+        possible[state] = (divergence(logits, left, "forward")[:4].mean() + divergence(logits, left, "forward")[scored].mean()) / 2
+    losses = [opd_loss(cfg, student, teacher, prompt, decoded, gen(seed)) for seed in range(12)]
+    distance = torch.stack([(torch.stack(losses) - possible[state]).abs() for state in (0, 1)])
+    assert distance.amin(0).max() < 1e-6 and set(distance.argmin(0).tolist()) == {0, 1}
+
+
+def test_the_ranking_is_what_stands_behind_answer_without_its_end():
     L, A = LABEL, ANSWER
-    noised = torch.tensor([[[L, A, L + 2, MASK], [MASK, L + 1, MASK, 3]]])  # two states; L before <answer> belongs to the trace
-    answer = torch.tensor([[[False, False, True, True], [True, True, True, True]]])
-    out = train_opd.labels_shown(noised, answer, 4, L + 6)
-    for m, shown in ((0, [L + 2]), (1, [L + 1])):
-        for b in range(4):
-            assert out[0, m, b].nonzero()[:, 0].tolist() == (shown if answer[0, m, b] else [])
-    assert in_answer(torch.tensor([[L, A, L, EOS], [L, L, L, EOS]])).tolist() == [[False, False, True, True], [False] * 4]
+    tokens = torch.tensor([[L, A, L, EOS, PAD], [L, L, L, EOS, PAD]])
+    assert in_answer(tokens).tolist() == [[False, False, True, True, True], [False] * 5]
+    assert answer_labels(tokens).tolist() == [[False, False, True, False, False], [False] * 5]
 
 
 def test_what_stands_behind_a_repeated_label():
