@@ -55,7 +55,7 @@ class Config:
     answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
     save_every: int = 100        # steps between checkpoints
-    valid_every: int = 100       # steps between the valid rates shown in the bar
+    valid_every: int = 100       # steps between the valid rates shown in the bar (and after 1, 2, 4, 8, ...)
 
     # AR: the teacher
     ar_steps: int = 2500

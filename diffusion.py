@@ -125,6 +125,28 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None,
     return shown[:, None], weight[:, None]
 
 
+def draw_states(model, prompt, shown, block_size, kind, first_step, generator, extra=None, unsure=False, rows=slice(None)):
+    """The states in which a training forward shows the blocks of responses `shown` (N, R): every block once, those named in `extra`
+    (N, E) once more for each time, all twice where kind is "complementary" (draw_noise).
+
+    unsure: the states of `extra` hide what the model is unsure of (unsure_first), found for the rows of the batch that are asked for.
+    Returns block (N, M), which block a segment shows; masked (N, M, B); share (N, M, B), the weight of a slot's loss: states of the
+    same block share its weight, so that their mean takes the place of a single draw.
+    """
+    every = every_block(shown, block_size)
+    block = every if extra is None else torch.cat((every, extra), dim=1)
+    (N, M), B = block.shape, block_size
+    score = None
+    if unsure and M > every.shape[1] and B > 1:  # at B = 1 nothing is masked
+        again = slice(every.shape[1], None)
+        score = torch.rand(N, M, B, generator=generator).to(shown.device)
+        score[rows, again] = unsure_first(model, prompt[rows], shown[rows], block[rows, again], score[rows, again])
+        score = score.flatten(0, 1)
+    masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, shown.device, score))
+    share = share / (block[:, :, None] == block[:, None]).sum(2)[..., None, None]  # how often the same block is there
+    return block.repeat_interleave(masks.shape[2], 1), masks.flatten(1, 2), share.flatten(1, 2)
+
+
 def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_step=0.0, generator=None, weight=None,
                    extra=None, unsure=False, source=None, once=None, rows=slice(None)):
     """Masked-diffusion loss with the token shift, a scalar in nats per token.
@@ -134,59 +156,53 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     (BD3-LM, arXiv 2503.09573, eq. 8, whose first term is absent there: it has no shift). With kind="uniform" and
     first_step=0 the value is an unbiased estimate of the bound; at block size 1 it is the AR loss.
 
-    prompt (N, P) left-padded; response (N, R) right-padded with [PAD] after [EOS]; weight (N, R) loss weight of each token
-    (default 1), the normaliser being the sum of the weights; extra (N, E) blocks that are noised once more for every time
-    they are named: more states of the same block in one forward, whose mean takes the place of the single draw; unsure: these
-    hide what the model is unsure of (unsure_first), and the value is no estimate of the bound;
-    source (N, R) the slot whose token each slot shows (a permutation; default: its own): then y is still what the model must
-    say, but what it sees differs, and masked slots must become what is left (what_is_left);
-    once (N, R) for slots whose tokens must all differ, a ranking, the weight of -log(1 - P(tokens that the state shows in such
-    slots already)) where they are masked, 0 elsewhere: unlikelihood training (arXiv 1908.04319, sec. 5), with the probability
-    of the whole set. Cross-entropy asks the same whether the rest of the mass is on a worse label or on one that is taken;
-    only the second makes the answer invalid; rows: the part of the batch whose loss is summed, the draws and the normaliser
-    being those of the whole.
+    prompt (N, P) left-padded; response (N, R) right-padded with [PAD] after [EOS]; kind, first_step: the noise, see draw_noise;
+    weight (N, R): loss weight of each token (default 1), the normaliser being the sum of the weights
+    extra (N, E), unsure: more states of some blocks, see draw_states; with unsure the value is no estimate of the bound
+    source (N, R): the slot whose token each slot shows (a permutation; default: its own). Then y is still what the model must say,
+        but what it sees differs, and masked slots must become what is left (what_is_left)
+    once (N, R): for slots whose tokens must all differ, a ranking, the weight of the penalty taken_nats where they are masked; else 0
+    rows: the part of the batch whose loss is summed; draws and normaliser are those of the whole
     """
-    weight = torch.ones(response.shape, device=response.device) if weight is None else weight
-    weight = torch.where(response == PAD, 1.0, weight)  # the fill behind [EOS] weighs 1, however wide the batch came
-    R = response.shape[1]
-    response, real = fill_last_block(response, block_size)
+    B, R = block_size, response.shape[1]
+    weight = torch.where(response == PAD, 1.0, 1.0 if weight is None else weight)  # the fill behind [EOS] weighs 1, however wide the batch came
+    response, real = fill_last_block(response, B)
+    wide = lambda x, value: F.pad(x, (0, response.shape[1] - R), value=value)
+    weight = wide(weight, 1.0) * real
+    once = torch.zeros_like(weight) if once is None else wide(once, 0.0)
     slot = torch.arange(response.shape[1], device=response.device).expand(len(response), -1)
-    source = slot if source is None else torch.cat((source, slot[:, R:]), dim=1)
+    source = slot if source is None else torch.where(slot < R, wide(source, 0), slot)
     shown = response.gather(1, source)
-    weight = F.pad(weight, (0, response.shape[1] - weight.shape[1]), value=1.0) * real
-    block = every_block(response, block_size)  # (N, blocks)
-    n_blocks = block.shape[1]
-    if extra is not None:
-        block = torch.cat((block, extra), dim=1)
-    (N, M), B = block.shape, block_size
-    times = (block[:, :, None] == block[:, None]).sum(2)  # (N, M) how often the same block is there
-    score = None
-    if unsure and M > n_blocks and B > 1:  # at B = 1 nothing is masked
-        score = torch.rand(N, M, B, generator=generator).to(response.device)
-        score[rows, n_blocks:] = unsure_first(model, prompt[rows], shown[rows], block[rows, n_blocks:], score[rows, n_blocks:])
-        score = score.flatten(0, 1)
-    masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, response.device, score))
-    S = masks.shape[2]
-    block, times = block.repeat_interleave(S, 1), times.repeat_interleave(S, 1)  # (N, M S)
-    of_block = lambda x: take_blocks(x, block, B)  # (N, R) -> (N, M S, B)
-    share = share.flatten(1, 2) * of_block(weight) / times[..., None]
-    masked = masks.flatten(1, 2) & of_block(real)
+
+    block, masked, share = draw_states(model, prompt, shown, B, kind, first_step, generator, extra, unsure, rows)
+    of_block = lambda x: take_blocks(x, block, B)  # (N, R) -> (N, M, B)
+    share = share * of_block(weight)
+    masked = masked & of_block(real)
     noised = torch.where(masked, MASK, of_block(shown))
     target = response.gather(1, what_is_left(source, block, masked).flatten(1)).view(noised.shape)
-    once = torch.zeros_like(weight) if once is None else F.pad(once, (0, response.shape[1] - R))
-    repeat = of_block(once) * masked  # (N, M S, B) weight of what is already there
-    prompt, shown, noised, block, masked, share, target, once, repeat = (
-        x[rows] for x in (prompt, shown, noised, block, masked, share, target, once, repeat))
-    needed = share.flatten().nonzero()[:, 0]  # found before the forward: looking for them waits for the GPU
-    hidden = segment_hidden(model, prompt, shown, noised, block)
+    penalty = of_block(once) * masked
+
+    prompt, shown, block, noised, masked, share, target, penalty, once = (
+        x[rows] for x in (prompt, shown, block, noised, masked, share, target, penalty, once))
+    share, penalty = share.flatten(), penalty.flatten()
+    needed = share.nonzero()[:, 0]  # found before the forward: looking for them waits for the GPU
+    hidden = segment_hidden(model, prompt, shown, noised, block)  # (n, M, B, d)
     logits = full_precision(model.logits(hidden.flatten(0, 2)[needed]))  # (needed, V)
     nats = F.cross_entropy(logits, target.flatten()[needed], reduction="none")
-    again = repeat.flatten()[needed].nonzero()[:, 0]
-    if len(again):
-        there = tokens_shown(shown, once > 0, block, masked, logits.shape[1]).flatten(0, 1)[needed[again] // B]
-        p_there = (logits[again].softmax(-1) * there).sum(-1).clamp(max=1 - 1e-6)
-        nats = nats.index_add(0, again, -repeat.flatten()[needed[again]] * torch.log1p(-p_there))
-    return (nats * share.flatten()[needed]).sum() / weight.sum()
+    at = penalty[needed].nonzero()[:, 0]
+    if len(at):
+        taken = tokens_shown(shown, once > 0, block, masked, logits.shape[1]).flatten(0, 1)[needed[at] // B]  # (at, V)
+        nats = nats.index_add(0, at, penalty[needed[at]] * taken_nats(logits[at], taken))
+    return (nats * share[needed]).sum() / weight.sum()
+
+
+def taken_nats(logits, taken):
+    """-log(1 - P(tokens that are taken)): logits (n, V), taken (n, V) bool -> (n,).
+
+    Unlikelihood training (arXiv 1908.04319, sec. 5) with the probability of the whole set. Cross-entropy asks the same whether the
+    rest of the mass is on a worse label or on one that the answer shows already; only the second makes the answer invalid.
+    """
+    return -torch.log1p(-(logits.softmax(-1) * taken).sum(-1).clamp(max=1 - 1e-6))
 
 
 @torch.no_grad()

@@ -348,35 +348,39 @@ def device_name(cfg):
 
 
 def markdown(report):
-    """The stage table: rows at the operating point, averaged over seeds. Strict scores, ± standard error over users."""
-    point = report["operating_point"]
-    percent = lambda v: "–" if v is None else f"{100 * v:.1f} %"
-    number = lambda v, digits=1: "–" if v is None else f"{v:.{digits}f}"
-    lines = [f"# {report['dataset']} ({report['config']}): {report['n_users']} {report['split']} users, seeds {report['seeds']}, {report['device']}", "",
-             f"Data: {report['source']}. Operating point: block size {point['block_size']}, {point['commit']} {point['tau']}. "
-             "Scores are strict (an invalid answer counts 0), ± standard error over users; the difference in N@10 to AR has "
-             "its paired 95 % interval; the share is that of AR's gain in N@10 over the pre-ranked order.", "",
-             "| stage | R@1 | R@5 | N@10 | MRR | N@10 − AR | share of gain | valid | dup. | dropped | out of set | faithful | "
-             "identity | trace | forwards | tok/fwd | ms, batch 1 | × AR, batch 1 | × AR, batch 64 | train s |", "|---" * 20 + "|"]
-    for r in report["rows"]:
-        if not (r["reported"] and r["seed"] == "mean"):
-            continue
-        s, d = r["strict"], r["diff_to_ar"] and r["diff_to_ar"]["ndcg@10"]
-        pm = lambda m: f"{s[m]:.4f} ± {r['se'][m]:.4f}" + (f" (seeds {r['seed_se'][m]:.4f})" if r["seed_se"] else "")
-        name = r["stage"]
-        lines.append("| " + " | ".join([
-            name, pm("recall@1"), pm("recall@5"), pm("ndcg@10"), pm("mrr"),
-            f"{d[1]:+.3f} [{d[0]:+.3f}, {d[2]:+.3f}]" if d else "–", percent(r["ar_gain_share"]), percent(r["valid"]),
-            *(percent(r[k]) for k in ("duplicated", "dropped", "out_of_set", "faithful", "identity")),
-            number(r["trace_tokens"]), number(r["forwards"]), number(r["tokens_per_forward"], 2),
-            number(r["latency_ms"]), number(r["speedup_b1"], 2), number(r["speedup_batch"], 2), number(r["train_seconds"], 0)]) + " |")
-    lines += ["", "The curve around the operating point, on the first users:", "",
-              "| stage | tau | users | N@10 | valid | faithful | forwards | tok/fwd |", "|---" * 8 + "|"]
-    for r in report["rows"]:
-        if r["tau"] is not None and r["seed"] == "mean" and not r["reported"]:
-            lines.append(f"| {r['stage']} | {r['tau']} | {r['n_users']} | {r['strict']['ndcg@10']:.3f} ± {r['se']['ndcg@10']:.3f} | "
-                         f"{percent(r['valid'])} | {percent(r['faithful'])} | {r['forwards']:.1f} | {r['tokens_per_forward']:.2f} |")
-    return "\n".join(lines) + "\n"
+    """report.md: the stage table, as the README shows it; what else there is at the operating point; the curve around it."""
+    point, mean = report["operating_point"], [r for r in report["rows"] if r["seed"] == "mean"]
+    number = lambda v, f=".1f", unit="": "–" if v is None else f"{v:{f}}{unit}"
+    percent = lambda v, f=".1f": "–" if v is None else f"{100 * v:{f}} %"
+    spread = lambda r, m: f"{r['strict'][m]:.3f}" + (f" ± {r['seed_se'][m]:.3f}" if r["seed_se"] and r["seed_se"][m] else "")
+    behind_ar = lambda r: "–" if r["stage"] == "ar" or not r["diff_to_ar"] else "{1:+.4f} [{0:+.4f}, {2:+.4f}]".format(*r["diff_to_ar"]["ndcg@10"])
+
+    def table(rows, **columns):
+        return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(f(r) for f in columns.values()) + " |" for r in rows), ""]
+
+    stages = [r for r in mean if r["reported"]]
+    return "\n".join([
+        f"# {report['dataset']} ({report['config']}): {report['n_users']} {report['split']} users, seeds {report['seeds']}, {report['device']}", "",
+        f"Data: {report['source']}. Operating point: block size {point['block_size']}, {point['commit']} {point['tau']}. Scores are strict (an invalid "
+        "answer counts 0), ± standard error over training seeds; the difference in N@10 to AR has its paired 95 % interval over users; the "
+        "share is that of AR's gain in N@10 over the incoming order.", "",
+        *table(stages, **{
+            "stage": lambda r: r["stage"], "R@1": lambda r: spread(r, "recall@1"), "N@10": lambda r: spread(r, "ndcg@10"), "MRR": lambda r: spread(r, "mrr"),
+            "N@10 − AR": behind_ar, "share of gain": lambda r: percent(r["ar_gain_share"]), "valid": lambda r: percent(r["valid"], ".2f"),
+            "faithful": lambda r: percent(r["faithful"]), "identity": lambda r: percent(r["identity"]), "forwards": lambda r: number(r["forwards"]),
+            "tok/fwd": lambda r: number(r["tokens_per_forward"], ".2f"), "ms": lambda r: number(r["latency_ms"], ".0f"),
+            "× AR, batch 1": lambda r: number(r["speedup_b1"], ".2f"), "× AR, batch 64": lambda r: number(r["speedup_batch"], ".2f")}),
+        "What is wrong with invalid answers (a share of all; they may overlap), and the standard error of N@10 over users:", "",
+        *table(stages, **{
+            "stage": lambda r: r["stage"], "duplicated": lambda r: percent(r["duplicated"], ".2f"), "dropped": lambda r: percent(r["dropped"], ".2f"),
+            "out of set": lambda r: percent(r["out_of_set"], ".2f"), "trace tokens": lambda r: number(r["trace_tokens"]),
+            **{m: lambda r, m=m: f"{r['strict'][m]:.3f}" for m in METRICS if m not in ("recall@1", "ndcg@10", "mrr")},
+            "N@10, users": lambda r: f"± {r['se']['ndcg@10']:.4f}", "training s": lambda r: number(r["train_seconds"], ".0f")}),
+        "The curve around the operating point, on the first users:", "",
+        *table([r for r in mean if r["tau"] is not None and not r["reported"]], **{
+            "stage": lambda r: r["stage"], "tau": lambda r: str(r["tau"]), "users": lambda r: str(r["n_users"]),
+            "N@10": lambda r: f"{r['strict']['ndcg@10']:.3f} ± {r['se']['ndcg@10']:.3f}", "valid": lambda r: percent(r["valid"], ".2f"),
+            "faithful": lambda r: percent(r["faithful"]), "forwards": lambda r: number(r["forwards"]), "tok/fwd": lambda r: number(r["tokens_per_forward"], ".2f")})])
 
 
 def summary(report):

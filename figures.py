@@ -75,10 +75,11 @@ def stages_figure(cfg, report, plt):
     bars.legend(ncol=4, fontsize=7, loc="upper center")
     path = log_path(dataclasses.replace(cfg, seed=report["seeds"][0]), "cft")
     log = [line for line in map(json.loads, open(path)) if "valid" in line] if os.path.exists(path) else []
-    curve.plot([line["step"] for line in log], [100 * line["valid"] for line in log], "o-", color=kinds["valid"], ms=3)
-    curve.set(xlabel="CFT steps", ylabel="valid answers, % of 64", ylim=(0, 105), title="while CFT goes on")
+    steps = [line["step"] + 1 for line in log]
+    curve.plot(steps, [100 * line["valid"] for line in log], "o-", color=kinds["valid"], ms=3)
+    curve.set(xlabel="CFT steps", ylabel="valid answers, % of 64", xscale="log", ylim=(-3, 105), title="while CFT goes on")
     other = curve.twinx()
-    other.plot([line["step"] for line in log], [line["tokens_per_forward"] for line in log], "-", color=COLOURS["cft"], lw=1)
+    other.plot(steps, [line["tokens_per_forward"] for line in log], "-", color=COLOURS["cft"], lw=1)
     other.set_ylabel("tokens a forward", color=COLOURS["cft"])
     other.set_ylim(0)
     return fig
@@ -88,7 +89,7 @@ def tradeoff_figure(report, plt):
     """Invalid answers and strict N@10 against tokens a forward; the naive conversion's N@10 lies far below the axis."""
     rows = [r for r in report["rows"] if r["seed"] == "mean" and not r["reported"]]  # all of the same users
     fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for ax, name, get in ((axes[0], "invalid answers", lambda r: max(1 - r["valid"], 1e-4)), (axes[1], "N@10, strict", lambda r: r["strict"]["ndcg@10"])):
+    for ax, name, get in ((axes[0], "invalid answers, %", lambda r: 100 * (1 - r["valid"])), (axes[1], "N@10, strict", lambda r: r["strict"]["ndcg@10"])):
         for stage in ("naive", "cft", "opd", "rl"):
             line = sorted((r["tokens_per_forward"], get(r)) for r in rows if r["stage"] == stage)
             if line:
@@ -96,7 +97,8 @@ def tradeoff_figure(report, plt):
         ar = next(r for r in rows if r["stage"] == "ar")
         ax.axhline(get(ar), color=COLOURS["ar"], ls="--", label="ar (1 token a forward)")
         ax.set(xlabel="tokens a forward", ylabel=name)
-    axes[0].set_yscale("log")
+    axes[0].set_yscale("symlog", linthresh=0.1)  # linear up to .1 %, so that 0 has a place
+    axes[0].set_ylim(-0.02, 150)
     best = max(r["strict"]["ndcg@10"] for r in rows)
     prerank = get(ar) - ar["diff_to_prerank"]["ndcg@10"][1]
     axes[1].axhline(prerank, color="#999999", ls=":", label="incoming order")
