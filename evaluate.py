@@ -233,26 +233,48 @@ def evaluate_seed(cfg, world, seed, known):
                                         f"seed {seed} {stage} tau {tau}")
         timing = dict(NO_TIMING)
         if reported and stage in STAGES[1:]:
-            one, many = (speed(cfg, world, models["ar"], models[stage], b) for b in (1, SPEED_BATCH))
-            timing = {"tokens_per_s_b1": one["block"], "speedup_b1": one["ratio"], "latency_ms": one["block_ms"],
-                      "tokens_per_s_batch": many["block"], "speedup_batch": many["ratio"], "batch": SPEED_BATCH}
-            out["ar", None, True][1].update({"tokens_per_s_b1": one["ar"], "speedup_b1": 1.0, "latency_ms": one["ar_ms"],
-                                             "tokens_per_s_batch": many["ar"], "speedup_batch": 1.0, "batch": SPEED_BATCH})
+            one, many = (speed(cfg, world, models["ar"], models[stage], b) | {"ar_ratio": 1.0} for b in (1, SPEED_BATCH))
+            for name, ratio, row in (("block", "ratio", timing), ("ar", "ar_ratio", out["ar", None, True][1])):
+                row.update(tokens_per_s_b1=one[name], speedup_b1=one[ratio], latency_ms=one[f"{name}_ms"],
+                           tokens_per_s_batch=many[name], speedup_batch=many[ratio], batch=SPEED_BATCH)
         scores = score(world, split, tokens, forwards)
         out[stage, tau, reported] = scores, timing, seconds.get(stage)
         if reported:  # the operating point is on the curve too, with the curve's users
             out[stage, tau, False] = {k: v[:n_curve] for k, v in scores.items()}, NO_TIMING, seconds.get(stage)
 
     for stage in ("ar", "naive", "cft", "opd", "rl", "constrained"):
-        if stage not in models or known and stage in ("ar", "naive"):
-            continue
-        add(stage, None if stage == "ar" else cfg.tau, len(world.test), True)
-        for tau in curve if stage not in ("ar", "constrained") else ():
-            if tau == cfg.tau:
-                continue
-            # tau = 1 is the slow end, one token a step: there the naive conversion has its best chance
-            add(stage, tau, n_curve, False)
+        if stage in models and not (known and stage in ("ar", "naive")):
+            add(stage, None if stage == "ar" else cfg.tau, len(world.test), True)
+            for tau in curve if stage not in ("ar", "constrained") else ():  # 1 is the slow end: naive has its best chance there
+                if tau != cfg.tau:
+                    add(stage, tau, n_curve, False)
     return out, models
+
+
+def report_rows(cfg, per_seed, mean_of, still):
+    """The rows of report.json: per_seed {seed: what evaluate_seed gives}, mean_of {(stage, tau, reported): scores averaged over
+    seeds}, still {name: scores} of rankings that are not decoded here."""
+    n = len(still["prerank"]["valid"])
+
+    def reference(of, users):
+        """The scores that a row's differences are taken against, of the same users; of: key -> scores."""
+        found = {s: of((s, None if s == "ar" else cfg.tau, True)) for s in ("ar", "cft", "opd")} | {"prerank": still["prerank"]}
+        return {s: {k: v[:users] for k, v in scores.items()} for s, scores in found.items() if scores}
+
+    rows = [make_row(stage, (None, None), "mean", scores, reference(mean_of.get, n), reported=True) for stage, scores in still.items()]
+    for key, scores in mean_of.items():
+        (stage, tau, reported), users = key, len(scores["valid"])
+        point, have = (None if stage == "ar" else cfg.block_size, tau), {s: found for s, found in per_seed.items() if key in found}
+        made = [make_row(stage, point, seed, found[key][0], reference(lambda k: found[k][0] if k in found else None, users),
+                         *found[key][1:], reported) for seed, found in have.items()]
+        timings = [found[key][1] for found in have.values()]
+        timing = {k: timings[0][k] and float(np.mean([t[k] for t in timings])) for k in NO_TIMING}
+        mean = make_row(stage, point, "mean", scores, reference(mean_of.get, users), timing,
+                        made[0]["train_seconds"] and float(np.mean([r["train_seconds"] for r in made])), reported)
+        if len(have) > 1:
+            mean["seed_se"] = {m: float(np.std([r["strict"][m] for r in made], ddof=1) / len(have) ** 0.5) for m in METRICS}
+        rows += [*made, mean]
+    return rows
 
 
 def main(cfg):
@@ -266,51 +288,24 @@ def main(cfg):
     for seed in seeds:
         per_seed[seed], models = evaluate_seed(cfg, world, seed, known)
         known = {k: v for k, v in per_seed[seed].items() if k[0] in ("ar", "naive")} if cfg.teacher else {}
-        if seed == seeds[0]:
-            shown = models
-    n = len(world.test)
-    still = {"prerank": score_order(world.test, world.test.incoming),
-             "oracle" if cfg.world == "toy" else "writer": score_order(world.test, world.test.order)}
-    still |= {name: score_order(world.test, order) for name, order in world.references.items()}
-    cut = lambda scores, users: {k: v[:users] for k, v in scores.items()}
-    mean_of = {key: average([per_seed[s][key][0] for s in seeds if key in per_seed[s]])
-               for key in dict.fromkeys(key for seed in seeds for key in per_seed[seed])}  # some seeds may lack late stages
-
-    def reference(of, users):
-        """The scores that a row's differences are taken against, of the same users; of: key -> scores."""
-        known = {s: of((s, None if s == "ar" else cfg.tau, True)) for s in ("ar", "cft", "opd")}
-        return {s: cut(v, users) for s, v in {**known, "prerank": still["prerank"]}.items() if v}
-
-    rows = [make_row(stage, (None, None), "mean", scores, reference(mean_of.get, n), reported=True)
-            for stage, scores in {**still, **beside}.items()]
-    for key, scores in mean_of.items():
-        stage, tau, reported = key
-        have = [s for s in seeds if key in per_seed[s]]
-        point, users = (None if stage == "ar" else cfg.block_size, tau), len(scores["valid"])
-        made = [make_row(stage, point, seed, per_seed[seed][key][0],
-                         reference(lambda k: per_seed[seed][k][0] if k in per_seed[seed] else None, users),
-                         *per_seed[seed][key][1:], reported) for seed in have]
-        timings = [per_seed[s][key][1] for s in have]
-        timing = {k: timings[0][k] and float(np.mean([t[k] for t in timings])) for k in NO_TIMING}
-        mean = make_row(stage, point, "mean", scores, reference(mean_of.get, users), timing,
-                        made[0]["train_seconds"] and float(np.mean([r["train_seconds"] for r in made])), reported)
-        if len(have) > 1:
-            mean["seed_se"] = {m: float(np.std([r["strict"][m] for r in made], ddof=1) / len(have) ** 0.5) for m in METRICS}
-        rows += [*made, mean]
+        first_models = models if seed == seeds[0] else first_models
+    orders = {"prerank": world.test.incoming, "oracle" if cfg.world == "toy" else "writer": world.test.order, **world.references}
+    still = {name: score_order(world.test, order) for name, order in orders.items()} | beside
+    mean_of = {key: average([found[key][0] for found in per_seed.values() if key in found])
+               for key in dict.fromkeys(key for found in per_seed.values() for key in found)}  # some seeds may lack late stages
     report = {"config": cfg.config, "dataset": "Amazon Beauty" if cfg.world == "beauty" else "toy world",
-              "source": world.source, "split": cfg.eval_split, "n_users": n, "device": device_name(cfg), "seeds": seeds,
+              "source": world.source, "split": cfg.eval_split, "n_users": len(world.test), "device": device_name(cfg), "seeds": seeds,
               "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "clash": cfg.clash, "tau": cfg.tau},
-              "data": world.notes, "rows": rows}
-    text = markdown(report)
+              "data": world.notes, "rows": report_rows(cfg, per_seed, mean_of, still)}
     save_atomically(folder(cfg, f"{name}_users.pt"), lambda p: torch.save(
         {stage: {k: torch.from_numpy(v) for k, v in scores.items()} for (stage, _, reported), scores in mean_of.items()
          if reported} | {"target": torch.from_numpy(world.test.target)}, p))
     save_atomically(folder(cfg, f"{name}.json"), lambda p: open(p, "w").write(json.dumps(report, indent=1) + "\n"))
-    save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(text))
+    save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(markdown(report)))
     if RANK:
         return
     if cfg.eval_split == "test":
-        figures(cfg, world, report, per_seed[seeds[0]], shown, speed, (1, SPEED_BATCH))
+        figures(cfg, world, report, per_seed[seeds[0]], first_models, speed, (1, SPEED_BATCH))
     print(f"\n{summary(report)}\nwritten: {folder(cfg)}/{name}.json and .md" + (", figures" if cfg.eval_split == "test" else ""))
 
 
@@ -347,56 +342,59 @@ def device_name(cfg):
     return f"CPU, {cfg.threads} threads"
 
 
+# The columns of the tables: title -> keys of a row, format.
+STAGES_SHOWN = {
+    "stage": ("stage", ""), "R@1": ("strict recall@1", ".3f"), "N@10": ("strict ndcg@10", ".3f"), "MRR": ("strict mrr", ".3f"),
+    "N@10 − AR": ("diff_to_ar ndcg@10", ""), "share of gain": ("ar_gain_share", ".1%"), "valid": ("valid", ".2%"), "faithful": ("faithful", ".1%"),
+    "identity": ("identity", ".1%"), "forwards": ("forwards", ".1f"), "tok/fwd": ("tokens_per_forward", ".2f"), "ms": ("latency_ms", ".0f"),
+    "× AR, batch 1": ("speedup_b1", ".2f"), "× AR, batch 64": ("speedup_batch", ".2f")}
+MORE = {
+    "stage": ("stage", ""), "duplicated": ("duplicated", ".2%"), "dropped": ("dropped", ".2%"), "out of set": ("out_of_set", ".2%"),
+    "trace tokens": ("trace_tokens", ".1f"), "R@3": ("strict recall@3", ".3f"), "R@5": ("strict recall@5", ".3f"), "N@3": ("strict ndcg@3", ".3f"),
+    "N@5": ("strict ndcg@5", ".3f"), "± N@10, users": ("se ndcg@10", ".4f"), "± N@10, seeds": ("seed_se ndcg@10", ".4f"),
+    "training s": ("train_seconds", ".0f")}
+CURVE = {
+    "stage": ("stage", ""), "tau": ("tau", ""), "users": ("n_users", ""), "N@10": ("strict ndcg@10", ".3f"), "± users": ("se ndcg@10", ".3f"),
+    "valid": ("valid", ".2%"), "faithful": ("faithful", ".1%"), "forwards": ("forwards", ".1f"), "tok/fwd": ("tokens_per_forward", ".2f")}
+
+
+def cell(row, keys, form):
+    """What a row has under these keys, as text: a number, an interval, or – where it does not apply."""
+    value = functools.reduce(lambda value, key: value and value[key], keys.split(), row)
+    if value is None or value == [0, 0, 0]:  # of AR to itself
+        return "–"
+    return "{1:+.4f} [{0:+.4f}, {2:+.4f}]".format(*value) if isinstance(value, list) else format(value, form)
+
+
 def markdown(report):
     """report.md: the stage table, as the README shows it; what else there is at the operating point; the curve around it."""
+    def table(columns, rows):
+        return "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",
+                          *("| " + " | ".join(cell(r, *column) for column in columns.values()) + " |" for r in rows)])
+
     point, mean = report["operating_point"], [r for r in report["rows"] if r["seed"] == "mean"]
-    number = lambda v, f=".1f", unit="": "–" if v is None else f"{v:{f}}{unit}"
-    percent = lambda v, f=".1f": "–" if v is None else f"{100 * v:{f}} %"
-    spread = lambda r, m: f"{r['strict'][m]:.3f}" + (f" ± {r['seed_se'][m]:.3f}" if r["seed_se"] and r["seed_se"][m] else "")
-    behind_ar = lambda r: "–" if r["stage"] == "ar" or not r["diff_to_ar"] else "{1:+.4f} [{0:+.4f}, {2:+.4f}]".format(*r["diff_to_ar"]["ndcg@10"])
-
-    def table(rows, **columns):
-        return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(f(r) for f in columns.values()) + " |" for r in rows), ""]
-
-    stages = [r for r in mean if r["reported"]]
-    return "\n".join([
-        f"# {report['dataset']} ({report['config']}): {report['n_users']} {report['split']} users, seeds {report['seeds']}, {report['device']}", "",
-        f"Data: {report['source']}. Operating point: block size {point['block_size']}, {point['commit']} {point['tau']}. Scores are strict (an invalid "
-        "answer counts 0), ± standard error over training seeds; the difference in N@10 to AR has its paired 95 % interval over users; the "
-        "share is that of AR's gain in N@10 over the incoming order.", "",
-        *table(stages, **{
-            "stage": lambda r: r["stage"], "R@1": lambda r: spread(r, "recall@1"), "N@10": lambda r: spread(r, "ndcg@10"), "MRR": lambda r: spread(r, "mrr"),
-            "N@10 − AR": behind_ar, "share of gain": lambda r: percent(r["ar_gain_share"]), "valid": lambda r: percent(r["valid"], ".2f"),
-            "faithful": lambda r: percent(r["faithful"]), "identity": lambda r: percent(r["identity"]), "forwards": lambda r: number(r["forwards"]),
-            "tok/fwd": lambda r: number(r["tokens_per_forward"], ".2f"), "ms": lambda r: number(r["latency_ms"], ".0f"),
-            "× AR, batch 1": lambda r: number(r["speedup_b1"], ".2f"), "× AR, batch 64": lambda r: number(r["speedup_batch"], ".2f")}),
-        "What is wrong with invalid answers (a share of all; they may overlap), and the standard error of N@10 over users:", "",
-        *table(stages, **{
-            "stage": lambda r: r["stage"], "duplicated": lambda r: percent(r["duplicated"], ".2f"), "dropped": lambda r: percent(r["dropped"], ".2f"),
-            "out of set": lambda r: percent(r["out_of_set"], ".2f"), "trace tokens": lambda r: number(r["trace_tokens"]),
-            **{m: lambda r, m=m: f"{r['strict'][m]:.3f}" for m in METRICS if m not in ("recall@1", "ndcg@10", "mrr")},
-            "N@10, users": lambda r: f"± {r['se']['ndcg@10']:.4f}", "training s": lambda r: number(r["train_seconds"], ".0f")}),
-        "The curve around the operating point, on the first users:", "",
-        *table([r for r in mean if r["tau"] is not None and not r["reported"]], **{
-            "stage": lambda r: r["stage"], "tau": lambda r: str(r["tau"]), "users": lambda r: str(r["n_users"]),
-            "N@10": lambda r: f"{r['strict']['ndcg@10']:.3f} ± {r['se']['ndcg@10']:.3f}", "valid": lambda r: percent(r["valid"], ".2f"),
-            "faithful": lambda r: percent(r["faithful"]), "forwards": lambda r: number(r["forwards"]), "tok/fwd": lambda r: number(r["tokens_per_forward"], ".2f")})])
+    stages, curve = [r for r in mean if r["reported"]], [r for r in mean if r["tau"] is not None and not r["reported"]]
+    return "\n\n".join([
+        f"# {report['dataset']} ({report['config']}): {report['n_users']} {report['split']} users, seeds {report['seeds']}, {report['device']}",
+        f"Data: {report['source']}. Operating point: block size {point['block_size']}, {point['commit']} {point['tau']}. Scores are strict (an "
+        "invalid answer counts 0), averaged over seeds; N@10 − AR has its paired 95 % interval over users; the share is that of AR's gain in "
+        "N@10 over the incoming order.",
+        table(STAGES_SHOWN, stages),
+        "What is wrong with invalid answers (shares of all answers; they may overlap), more metrics, and standard errors:",
+        table(MORE, stages), "The curve around the operating point, on the first users:", table(CURVE, curve)]) + "\n"
 
 
 def summary(report):
     """The stage table for a terminal, 80 columns: what to look at first."""
-    line = lambda *cells: "{:14}{:>6}{:>7}{:>9}{:>8}{:>8}{:>8}{:>7}{:>7}{:>6}".format(*cells)
-    show = lambda v, text: "–" if v is None else text.format(v)
-    lines = [line("stage", "R@1", "N@10", "share", "valid", "faith-", "as the", "for-", "tokens", "× AR"),
-             line("", "", "", "of gain", "", "ful", "input", "wards", "a fwd", "b 1")]
-    for r in report["rows"]:
-        if r["reported"] and r["seed"] == "mean":
-            lines.append(line(r["stage"], f"{r['strict']['recall@1']:.3f}", f"{r['strict']['ndcg@10']:.3f}", show(r["ar_gain_share"], "{:.1%}"),
-                              *(show(r[k], "{:.1%}") for k in ("valid", "faithful", "identity")), show(r["forwards"], "{:.1f}"),
-                              show(r["tokens_per_forward"], "{:.2f}"), show(r["speedup_b1"], "{:.2f}")))
+    columns = [(STAGES_SHOWN[name][0], form) for name, form in (
+        ("stage", ""), ("R@1", ".3f"), ("N@10", ".3f"), ("share of gain", ".1%"), ("valid", ".1%"), ("faithful", ".1%"), ("identity", ".1%"),
+        ("forwards", ".1f"), ("tok/fwd", ".2f"), ("× AR, batch 1", ".2f"))]
+    heads = [("stage", "R@1", "N@10", "share", "valid", "faith-", "as the", "for-", "tokens", "× AR"), ("", "", "", "of gain", "", "ful", "input", "wards", "a fwd", "b 1")]
+    rows = [[cell(r, *column) for column in columns] for r in report["rows"] if r["reported"] and r["seed"] == "mean"]
     point = report["operating_point"]
     return "\n".join([f"{report['dataset']}: {report['n_users']} {report['split']} users, seeds {report['seeds']}, block size "
-                      f"{point['block_size']}, {point['commit']} {point['tau']}; strict scores", "", *lines, ""])
+                      f"{point['block_size']}, {point['commit']} {point['tau']}; strict scores", "",
+                      *("{:14}{:>6}{:>7}{:>9}{:>8}{:>8}{:>8}{:>7}{:>7}{:>6}".format(*line) for line in heads + rows), ""])
 
 
 if __name__ == "__main__":
