@@ -3,9 +3,7 @@
 Everything is computed from counts over the sequences (prerank.py): the pre-ranker's end before a user's last two items, the
 evidence's before the target.
 """
-import hashlib
 import itertools
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from amazon import read_beauty
-from common import first_process_first, load_tensors, save_atomically
+from common import checksum, first_process_first, load_tensors, save_tensors
 from config import UserError, folder
 from data import CANDIDATES, HISTORY, LABEL, LAST, NONE, PROFILE, SPECIAL, Split, World, list_lengths, pack
 from model import PAD
@@ -303,9 +301,8 @@ def beauty_world(cfg):
     if cfg.n_candidates > K:
         raise UserError(f"on Beauty --n_candidates can be at most {K}, not {cfg.n_candidates}")
     sequences, items, source, n_skipped, _ = read_beauty(cfg.data_dir)
-    key = repr([CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.vary_lists,
-                cfg.n_train, cfg.n_val, cfg.n_test, hashlib.sha256(repr(items).encode() + b"".join(
-                    s.tobytes() for s in sequences)).hexdigest()])
+    key = checksum(CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.vary_lists, cfg.n_train, cfg.n_val,
+                   cfg.n_test, items, [torch.from_numpy(s) for s in sequences])
     path = folder(cfg, "world.pt")
     with first_process_first():
         return read_world(cfg, path, key, source) or make_world(cfg, path, key, source, sequences, items, n_skipped)
@@ -313,25 +310,12 @@ def beauty_world(cfg):
 
 def read_world(cfg, path, key, source):
     """The World kept in a file, or None if there is none or it was made of other data or settings."""
-    if os.path.exists(path):
-        saved = load_tensors(path)
-        if isinstance(saved, dict) and saved.get("key") == key and saved.get("digest") == digest(saved):
-            splits = [Split(*(t.numpy() for t in saved[name])) for name in ("train", "val", "test")]
-            nearest = {name: t.numpy() for name, t in zip(STATED, saved["nearest"])}
-            return World(saved["words"], cfg.n_labels, *splits, source, json.loads(saved["notes"]),
-                         {FRESH: saved["fresh"].numpy()}, nearest)
-    return None
-
-
-def digest(saved):
-    """A checksum of all that a saved world holds: a damaged cache is made anew."""
-    out = hashlib.sha256()
-    for name in sorted(saved.keys() - {"digest"}):
-        out.update(type(saved[name]).__name__.encode())
-        for x in saved[name] if isinstance(saved[name], list) else [saved[name]]:
-            tensor = isinstance(x, torch.Tensor)
-            out.update(repr((name, x.dtype, x.shape) if tensor else (name, x)).encode() + (x.numpy().tobytes() if tensor else b""))
-    return out.hexdigest()
+    saved = load_tensors(path) if os.path.exists(path) else {}
+    if saved.get("key") != key:
+        return None
+    splits = [Split(*(t.numpy() for t in saved[name])) for name in ("train", "val", "test")]
+    nearest = {name: t.numpy() for name, t in zip(STATED, saved["nearest"])}
+    return World(saved["words"], cfg.n_labels, *splits, source, saved["notes"], {FRESH: saved["fresh"].numpy()}, nearest)
 
 
 def make_world(cfg, path, key, source, sequences, items, n_skipped):
@@ -358,7 +342,7 @@ def make_world(cfg, path, key, source, sequences, items, n_skipped):
         splits[name] = tokenize(lists.take(rows), items, words, k, cfg.n_candidates)
     world = World(words, cfg.n_labels, *splits.values(), source, notes, {FRESH: fresh[:cfg.n_test]}, nearest)
     saved = {n: [torch.from_numpy(getattr(s, f)) for f in s.__dataclass_fields__] for n, s in splits.items()}
-    saved |= {"key": key, "words": words, "notes": json.dumps(notes), "fresh": torch.from_numpy(world.references[FRESH]),
+    saved |= {"key": key, "words": words, "notes": notes, "fresh": torch.from_numpy(world.references[FRESH]),
               "nearest": [torch.from_numpy(x) for x in nearest.values()]}
-    save_atomically(path, lambda p: torch.save(saved | {"digest": digest(saved)}, p))
+    save_tensors(path, saved)
     return world

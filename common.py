@@ -3,6 +3,8 @@ import contextlib
 import ctypes
 import fcntl
 import glob
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,8 +47,7 @@ def script(main, doc):
 
 
 def keep_memory():
-    """Tells glibc to keep freed memory. Else every large tensor is fresh pages, which the kernel fills with zeros: 10 to 20 % of a
-    CFT step of `small` on a CPU."""
+    """Tells glibc to keep freed memory: fresh pages, which the kernel fills with zeros, are 10 to 20 % of a CFT step of `small`."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)            # M_MMAP_MAX: no allocation is a mapping of its own
@@ -145,8 +146,7 @@ def save_atomically(path, write):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Holds a folder, made if need be, against a second run; the lock dies with its process, however that ends. Of several
-    processes the first alone holds it."""
+    """Holds a folder, made if need be, against a second run (of several processes the first does); dies with the process."""
     if RANK:
         yield
         return
@@ -163,13 +163,40 @@ def locked(folder):
         yield
 
 
+def checksum(*content):
+    """A text that is another one for other content: tensors, plain values, and lists and dicts of these."""
+    out = hashlib.sha256()
+
+    def add(x):
+        if isinstance(x, torch.Tensor):
+            out.update(repr((x.dtype, x.shape)).encode())
+            out.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(x, (dict, list, tuple)):
+            out.update(repr((type(x).__name__, len(x))).encode())
+            for part in itertools.chain(*x.items()) if isinstance(x, dict) else x:
+                add(part)
+        else:
+            out.update(repr(x).encode())
+
+    add(content)
+    return out.hexdigest()
+
+
+def save_tensors(path, saved):
+    """Write a dict of tensors and plain values, with a checksum."""
+    save_atomically(path, lambda temporary: torch.save({**saved, "checksum": checksum(saved)}, temporary))
+
+
 def load_tensors(path):
-    """torch.load that can only yield tensors and plain values, never run code. UserError if the file is damaged."""
+    """What save_tensors wrote, on the CPU; never runs code that a file may hold. UserError if the file is damaged or not ours."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.pop("checksum") == checksum(saved):
+            return saved
+        why = "its checksum differs"
     except Exception as error:  # torch raises many kinds for a file that is cut short or not its own
-        raise UserError(f"{path} is damaged or no file of this project ({type(error).__name__}): delete it and run the "
-                        f"script that writes it again")
+        why = type(error).__name__
+    raise UserError(f"{path} is damaged or no file of this project ({why}): delete it and run the script that writes it again")
 
 
 def checkpoint_path(cfg, stage):
@@ -189,66 +216,36 @@ def read_checkpoint(cfg, stage, world):
     if not os.path.exists(path):
         return None
     state = load_tensors(path)
-    check_checkpoint(path, state)
-    wanted = settings_of(cfg, stage)
-    if stage == "ar" and cfg.teacher:  # it may come from a run with other settings, as long as it fits
-        wanted = {k: wanted[k] for k in SHAPE}
-    there = state["settings"]
-    differ = [f"{k}={str(there.get(k))[:30]} there, {v} now" for k, v in sorted(wanted.items())
-              if type(there.get(k)) is not type(v) or there[k] != v]
-    if state["stage"] != stage or not same_words(state, world):
+    borrowed = stage == "ar" and cfg.teacher  # it may come from a run with other settings, as long as it fits
+    wanted = {k: v for k, v in settings_of(cfg, stage).items() if k in SHAPE or not borrowed}
+    there = state.get("settings", {})
+    differ = [f"{k}={there.get(k)} there, {v} now" for k, v in sorted(wanted.items()) if there.get(k) != v]
+    if state.get("stage") != stage or state["words"] != world.words:
         differ.append("another stage or vocabulary")
     if differ:
-        raise UserError(f"{path} was made with other settings ({'; '.join(differ[:4])}): use the same, or another "
-                        f"--run_dir, or delete it")
+        raise UserError(f"{path} was made with other settings ({'; '.join(differ[:4])}): use the same, or another --run_dir, or delete it")
     return state
 
 
-def same_words(state, world):
-    """Whether a checkpoint has the world's vocabulary, whatever a damaged one may hold in its place."""
-    return [str(word) for word in state["words"]] == world.words
-
-
-def check_checkpoint(path, state):
-    """UserError unless the dict has what _save writes, of the right types."""
-    kinds = dict(stage=str, settings=dict, words=list, model=dict, optimizer=dict, step=int, finished=bool, seconds=float)
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-        raise UserError(f"{path} is no checkpoint of this project: delete it and run the script of its stage again")
-
-
-def restore(path, model, state, optimizer=None):
-    """Load the weights, and the optimiser's state, of a checkpoint. UserError if they do not fit."""
-    try:
-        model.load_state_dict(state["model"])
-        if optimizer is not None and not state["finished"]:
-            optimizer.load_state_dict(state["optimizer"])
-            for p, kept in optimizer.state.items():
-                if any(kept[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")) or kept["step"].numel() != 1:
-                    raise ValueError("the shapes differ")
-    except Exception as error:  # whatever the content makes torch say
-        raise UserError(f"{path} does not hold the weights of this model ({type(error).__name__}): delete it and run the script of "
-                        f"its stage again")
-
-
 def start_from(cfg, world, stage):
-    """The model that a stage starts from: the weights of --init, or those of the finished stage before it, or, for the
-    first stage (None), random ones."""
+    """The model that a stage starts from: --init, or the finished stage before it, or, for the first (None), random weights."""
     if not cfg.init:
         return load_stage(cfg, stage, world)[0] if stage else new_model(cfg, world)
     if not os.path.exists(cfg.init):
         raise UserError(f"--init {cfg.init}: there is no such checkpoint")
     state = load_tensors(cfg.init)
-    check_checkpoint(cfg.init, state)
-    if not same_words(state, world) or any(repr(state["settings"].get(k)) != repr(getattr(cfg, k)) for k in SHAPE):
+    if "stage" not in state or state["words"] != world.words or any(state["settings"][k] != getattr(cfg, k) for k in SHAPE):
         raise UserError(f"--init {cfg.init} is of another vocabulary or model shape: use the settings it was made with")
-    return with_weights(cfg, world, state, cfg.init)
+    return load_weights(cfg.init, state, new_model(cfg, world))
 
 
-def with_weights(cfg, world, state, path):
-    """The model of a checkpoint, in eval mode."""
-    model = new_model(cfg, world)
-    restore(path, model, state)
-    return model.eval()
+def load_weights(path, state, model):
+    """The model with the weights of the checkpoint in a file."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise UserError(f"{path} holds the weights of another version of model.py: delete it and run the script of its stage again")
+    return model
 
 
 def load_stage(cfg, stage, world, state=None):
@@ -256,10 +253,9 @@ def load_stage(cfg, stage, world, state=None):
     stage has not finished."""
     state = state or read_checkpoint(cfg, stage, world)
     if state is None or not state["finished"]:
-        raise UserError(f"no finished checkpoint {checkpoint_path(cfg, stage)}: first run "
-                        f"`python train_{stage}.py --config {cfg.config}` with the same settings" +
-                        (", or name another with --teacher" if stage == "ar" else ""))
-    return with_weights(cfg, world, state, checkpoint_path(cfg, stage)), state
+        raise UserError(f"no finished checkpoint {checkpoint_path(cfg, stage)}: first run `python train_{stage}.py --config {cfg.config}` "
+                        "with the same settings" + (", or name another with --teacher" if stage == "ar" else ""))
+    return load_weights(checkpoint_path(cfg, stage), state, new_model(cfg, world)).eval(), state
 
 
 def finished_stages(cfg, world):
@@ -303,7 +299,8 @@ class Run:
         self.first, self.seconds, self.shown, self.finished = 0, 0.0, {}, False
         state = read_checkpoint(cfg, stage, world)
         if state is not None:
-            restore(checkpoint_path(cfg, stage), model, state, self.optimizer)
+            load_weights(checkpoint_path(cfg, stage), state, model)
+            self.optimizer.load_state_dict(state["optimizer"])
             self.first, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]
         self.log_path = log_path(cfg, stage)
 
@@ -365,7 +362,7 @@ class Run:
         state = {"stage": self.stage, "settings": settings_of(self.cfg, self.stage), "words": self.world.words,
                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": done,
                  "finished": done == self.n_steps, "seconds": self.seconds}
-        save_atomically(checkpoint_path(self.cfg, self.stage), lambda path: torch.save(state, path))
+        save_tensors(checkpoint_path(self.cfg, self.stage), state)
 
     def _cut_log(self):
         """The log, open for more, without the lines of steps that will be done again (a killed run logs more than it saved)."""

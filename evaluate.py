@@ -18,7 +18,7 @@ import time
 import numpy as np
 import torch
 
-from common import RANK, decode_split, device_of, finished_stages, load_tensors, save_atomically, script, serve
+from common import RANK, decode_split, device_of, finished_stages, load_tensors, save_atomically, save_tensors, script, serve
 from config import STAGES, UserError, folder
 from data import ANSWER, LABEL, faithfulness, load_world, parse_answers, tensors
 from figures import figures
@@ -297,9 +297,8 @@ def main(cfg):
               "source": world.source, "split": cfg.eval_split, "n_users": len(world.test), "device": device_name(cfg), "seeds": seeds,
               "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "clash": cfg.clash, "tau": cfg.tau},
               "data": world.notes, "rows": report_rows(cfg, per_seed, mean_of, still)}
-    save_atomically(folder(cfg, f"{name}_users.pt"), lambda p: torch.save(
-        {stage: {k: torch.from_numpy(v) for k, v in scores.items()} for (stage, _, reported), scores in mean_of.items()
-         if reported} | {"target": torch.from_numpy(world.test.target)}, p))
+    users = {stage: {k: torch.from_numpy(v) for k, v in scores.items()} for (stage, _, reported), scores in mean_of.items() if reported}
+    save_tensors(folder(cfg, f"{name}_users.pt"), users | {"target": torch.from_numpy(world.test.target)})
     save_atomically(folder(cfg, f"{name}.json"), lambda p: open(p, "w").write(json.dumps(report, indent=1) + "\n"))
     save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(markdown(report)))
     if RANK:

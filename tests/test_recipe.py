@@ -83,7 +83,7 @@ def test_foreign_and_truncated_checkpoints_are_refused_and_kept(monkeypatch, cap
             assert "damaged" in refused(module, monkeypatch, capsys, tmp_path)
         assert open(path, "rb").read() == damaged  # it is for the user to delete it
     torch.save({"weights": torch.zeros(3)}, path)
-    assert "no checkpoint of this project" in refused(train_cft, monkeypatch, capsys, tmp_path)
+    assert "no file of this project" in refused(train_cft, monkeypatch, capsys, tmp_path)
 
 
 def test_conversions_may_share_a_teacher_and_start_from_any_fitting_checkpoint(monkeypatch, capsys, tmp_path):
@@ -128,14 +128,14 @@ def test_outputs_of_another_teacher_are_decoded_anew(monkeypatch, tmp_path):
     run(train_ar, monkeypatch, tmp_path)
     run(train_cft, monkeypatch, tmp_path)
     path = tmp_path / "toy" / "seed0" / "ar" / "outputs.pt"
-    old = torch.load(path)["made_by"]
+    old = torch.load(path)["made_of"]
     for stage in ("ar", "cft"):
         os.remove(checkpoint(tmp_path, stage))
     decoded, real = [], train_cft.ar_decode
     monkeypatch.setattr(train_cft, "ar_decode", lambda *args: decoded.append(args) or real(*args))
     run(train_ar, monkeypatch, tmp_path, "--ar_steps", "40", "--ar_lr", "0.02")
     run(train_cft, monkeypatch, tmp_path, "--ar_steps", "40", "--ar_lr", "0.02")
-    assert decoded and torch.load(path)["made_by"] != old
+    assert decoded and torch.load(path)["made_of"] != old
 
 
 def test_analysis_of_perfect_models_finds_no_failure_and_of_random_ones_says_so(monkeypatch, capsys, tmp_path):
