@@ -8,6 +8,7 @@ import torch
 
 import common
 import rerank
+import validity
 from beauty import prepare
 from config import STAGES, parse_args, steps_of
 from amazon import read_beauty
@@ -202,3 +203,24 @@ def test_the_last_finished_stage_answers_and_without_traces_nothing_is_claimed(m
         finish(cfg, world, stage)
     code, (line,), _ = rerank_lines(monkeypatch, capsys, options, {"id": 3, **TOY})
     assert code == 0 and line["stage"] == "rl" and line["faithful"] is None and line["id"] == 3
+
+
+def test_validity_is_counted_on_a_list_for_every_user(made, monkeypatch, capsys):
+    options, cfg, world = made
+    monkeypatch.setattr(validity, "TOY_LISTS", 50)
+    split = validity.many_lists(cfg, world)
+    assert (split.k == cfg.n_candidates).all()
+    if cfg.world == "toy":
+        assert len(split) == 50 and not {p.tobytes() for p in split.prompt} & {p.tobytes() for p in world.test.prompt}
+    else:  # where the target is in the list, the list is that of validation, but for the evidence of counts
+        sequences, items, *_ = read_beauty(cfg.data_dir)
+        assert len(split) == len(sequences)
+        shown = lambda prompt: [word for word in (world.words[t] for t in prompt if t != PAD) if not word.startswith(("link:", "co:"))]
+        users = prepare(sequences, items)[1].user[:len(world.val)]
+        assert len(users) > 3 and all(shown(split.prompt[u]) == shown(p) for u, p in zip(users, world.val.prompt))
+    finish(cfg, world, "ar")
+    monkeypatch.setattr("sys.argv", ["validity.py", *TINY, *options])
+    common.script(validity.main, validity.__doc__)
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
+    invalid, wrong = int(row[3]), [int(x) for x in row[5:8]]
+    assert row[:3] == ["cft", "0", str(len(split))] and max(wrong) <= invalid == round(len(split) * (1 - float(row[4].split()[0]) / 100))
