@@ -127,22 +127,26 @@ class Config:
 PRESETS = {
     "toy": {},
     "small": dict(
-        world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413,
-        n_val=2500, n_test=10 ** 6, d_model=128, batch_size=32, warmup=100,
-        ar_steps=12000, ar_lr=2e-3, cft_steps=5000, cft_lr=1e-3, cft_prompts=131413, cft_misplace=0.9, cft_unsure=True,
-        cft_gold=True, cft_noise="uniform", cft_answer_states=3, cft_penalty=10.0,
-        opd_steps=100, opd_lr=2e-4, opd_divergence="jsd", rl_steps=200,
-        rl_prompts=8, eval_curve_users=300, eval_taus="0.9,0.98,1.0", tau=0.99, clash=0.1),
+        world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413, n_val=2500, n_test=10 ** 6,
+        d_model=128, batch_size=32, warmup=100, tau=0.99, clash=0.1, eval_curve_users=300, eval_taus="0.9,0.98,1.0",
+        ar_steps=12000, ar_lr=2e-3,
+        cft_steps=5000, cft_lr=1e-3, cft_prompts=131413, cft_gold=True, cft_noise="uniform", cft_answer_states=3,
+        cft_unsure=True, cft_misplace=0.9, cft_penalty=10.0,
+        opd_steps=100, opd_lr=2e-4, opd_divergence="jsd",
+        rl_steps=200, rl_prompts=8),
     "full": dict(
-        world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413,
-        n_val=2500, n_test=10 ** 6, n_layer=8, n_head=8, d_model=512, batch_size=128, warmup=200, compile=True,
-        ar_steps=4000, ar_lr=8e-4, cft_steps=1200, cft_lr=4e-4, cft_prompts=20000, cft_unsure=True, opd_steps=60, opd_lr=2e-4, opd_divergence="jsd",
-        rl_steps=60,
-        rl_lr=1e-4, rl_prompts=16, eval_batch=512, eval_curve_users=1000, eval_taus="0.9,0.95,1.0", tau=0.98, clash=0.1),
+        world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413, n_val=2500, n_test=10 ** 6,
+        n_layer=8, n_head=8, d_model=512, batch_size=128, warmup=200, compile=True, tau=0.98, clash=0.1,
+        eval_batch=512, eval_curve_users=1000, eval_taus="0.9,0.95,1.0",
+        ar_steps=4000, ar_lr=8e-4,
+        cft_steps=1200, cft_lr=4e-4, cft_prompts=20000, cft_unsure=True,
+        opd_steps=60, opd_lr=2e-4, opd_divergence="jsd",
+        rl_steps=60, rl_lr=1e-4, rl_prompts=16),
 }
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the checkpoint of the one before
-RUNTIME = {"run_dir", "threads", "device", "data_dir", "seeds", "show", "requests", "beside", "ablate", "lines", "save_every", "valid_every", "compile", "n_val", "n_test", "tau",
-           "commit", "clash", "teacher", "init"}  # these change no weight
+RUNTIME = {  # these change no weight
+    "run_dir", "threads", "device", "data_dir", "seeds", "show", "requests", "beside", "ablate", "lines", "save_every", "valid_every",
+    "compile", "n_val", "n_test", "tau", "commit", "clash", "teacher", "init"}
 
 
 def parse_args(doc, argv=None):
