@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from config import STAGES, UserError, folder, parse_args, settings_of, steps_of
-from data import parse_answers, tensors
+from data import LABEL, parse_answers, tensors
 from model import GPT
 from sampler import block_decode
 
@@ -275,7 +275,8 @@ def last_student(cfg, world):
 
 def serve(cfg, model, prompt, max_len, **other):
     """block_decode at the operating point, or with other settings."""
-    return block_decode(model, prompt, max_len, **{"block_size": cfg.block_size, "rule": cfg.commit, "tau": cfg.tau, "clash": cfg.clash, **other})
+    point = {"block_size": cfg.block_size, "rule": cfg.commit, "tau": cfg.tau, "clash": cfg.clash, "labels": range(LABEL, LABEL + cfg.n_labels)}
+    return block_decode(model, prompt, max_len, **{**point, **other})
 
 
 # --- The loop around a stage's own loss -----------------------------------------------------------------------------------

@@ -34,29 +34,36 @@ class Decoded:
         return Decoded(*(getattr(self, f)[rows] for f in self.__dataclass_fields__))
 
 
-def choose(logp, open_, forced, rule, tau, clash=0.4):
+def choose(logp, open_, forced, rule, tau, clash=0.4, labels=None):
     """Which open slots to commit now: logp (N, B, V) log-probabilities, open_, forced (N, B) -> bool (N, B).
 
         threshold    every slot with confidence c = max p > tau
-        independent  the same; and where no slot is that sure, every slot that is surer than all those that want the same token, or
-                     with which it would collide with probability sum_v p_i(v) p_j(v) > clash: drawn apart, such slots are what
-                     duplicates come from, and slots that want different tokens may as well go together
+        independent  the same, but of those that want the same label only the surest (labels: the range of words that stand once in a
+                     ranking; None: no such words). Where no slot is that sure, every slot that is surer than all those that want the
+                     same token, or with which it would collide with probability sum_v p_i(v) p_j(v) > clash: drawn apart, such slots
+                     are what duplicates come from, and slots that want different tokens may as well go together
         factor       the n most confident, n the largest with (n+1)(1 - c_(n)) < tau (Fast-dLLM, arXiv 2505.22618, sec. 3.3)
         steps        the ceil(B / tau) most confident: a block takes about tau steps whatever the confidence
     Slots in `forced` are committed whatever the rule; a row with none commits at least its best, so that every step makes progress. The
     choice depends on the distributions only, not on the tokens drawn from them: given the state it is no random event.
     """
-    confidence = torch.where(open_, logp.amax(-1).exp(), -1.0)
+    confidence, best = logp.max(-1)
+    confidence = torch.where(open_, confidence.exp(), -1.0)
     B, place = logp.shape[1], torch.arange(logp.shape[1], device=logp.device)
     if rule == "independent":
         chosen = (confidence > tau) | forced
+        rank = torch.where(forced, 2.0, confidence)  # forced slots go first
+        surer = rank[:, None] > rank[..., None]  # (N, i, j): j is surer than i, of equals the first
+        surer |= (rank[:, None] == rank[..., None]) & (place < place[:, None])
+        same = best[:, :, None] == best[:, None]
+        if labels is not None:
+            label = chosen & (best >= labels.start) & (best < labels.stop)
+            chosen &= ~(same & surer & label[:, None] & label[..., None]).any(-1)
         some = chosen.any(1, keepdim=True)
         if not logp.is_cuda and some.all():  # looking costs nothing on a CPU, what follows a tenth of a step
             return chosen
-        p, best = logp.exp() * open_[..., None], logp.argmax(-1)
-        surer = confidence[:, None] > confidence[..., None]  # (N, i, j): j is surer than i, of equals the first
-        surer |= (confidence[:, None] == confidence[..., None]) & (place < place[:, None])
-        rivals = (p @ p.transpose(1, 2) > clash) | (best[:, :, None] == best[:, None])  # (N, B, B)
+        p = logp.exp() * open_[..., None]
+        rivals = (p @ p.transpose(1, 2) > clash) | same  # (N, B, B)
         return torch.where(some, chosen, open_ & ~(rivals & surer).any(-1))
     if rule == "threshold":
         chosen = confidence > tau
@@ -126,7 +133,7 @@ class BlockState:
         cache = self.cache if isinstance(some, slice) else self.cache.of(some)
         return self.model(tokens, positions[some], mask[some], cache, slots, mask.shape[-1], last=min(tokens.shape[1], self.B + 1))
 
-    def commit(self, at, hidden, open_, step, rule, tau, clash, temperature=0.0, generator=None, constrain=None):
+    def commit(self, at, hidden, open_, step, rule, tau, clash, labels=None, temperature=0.0, generator=None, constrain=None):
         """Draw tokens for m blocks from what predicts them, hidden (m, B, d), and commit those that the rule chooses. at: an index of
         these blocks in (n, R) tensors; open_ (m, B): their open slots; step: how many they have done, a number or (m, 1).
         -> the blocks' tokens (m, B)"""
@@ -135,7 +142,7 @@ class BlockState:
             logits = constrain(logits)
         drawn, logp, every = sample(logits, temperature, generator)
         forced = ((self.lane == 0) & (step == 0)).expand_as(open_)
-        chosen = choose(every, open_, forced, rule, tau, clash)
+        chosen = choose(every, open_, forced, rule, tau, clash, labels)
         tokens = torch.where(chosen, drawn, self.response[at])
         self.response[at] = tokens
         self.step[at] = torch.where(chosen, step, self.step[at])
@@ -152,7 +159,7 @@ class BlockState:
 
 @torch.no_grad()
 def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, temperature=0.0, generator=None,
-                 fuse=True, constrain=None, prefix=None, clash=0.4):
+                 fuse=True, constrain=None, prefix=None, clash=0.4, labels=None):
     """Block-diffusion decoding with a KV cache.
 
     Every forward feeds one window of the sequence: the block being denoised, preceded, in its first step, by the block before
@@ -162,7 +169,7 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     have, then open the next together: no row's forward is wider than it needs, which at batches 4 and 8 is 5 and 10 % faster than
     going on at once, and at 64 far more.
 
-    prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash: see `choose`;
+    prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash, labels: see `choose`;
     fuse=False spends a forward of its own on the store (a reference, same tokens); constrain, optional, is a function
     (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained decoder; prefix (N, L), whole
     blocks, is a response's given beginning. Returns Decoded. A row's result does not depend on the other rows of its batch,
@@ -171,7 +178,7 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     B = block_size
     R = math.ceil(max_len / B) * B
     if prompt.is_cuda and fuse and constrain is None and prefix is None:
-        return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash)
+        return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash, labels)
     s = BlockState(model, prompt, R, B, prefix)
     n_clean = s.P + s.given  # the first forward reads the prompts
     for begin in range(s.given, R, B):
@@ -193,7 +200,8 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
                 s.forwards[some] += 1
                 hidden = torch.cat((stored, block()[:, :-1]), dim=1)
             bound = constrain and (lambda logits: constrain(logits, s.response[some], (begin + s.lane).expand(len(left), B), left))
-            tokens = s.commit((some, slice(begin, begin + B)), hidden, open_, step, rule, tau, clash, temperature, generator, bound)
+            tokens = s.commit((some, slice(begin, begin + B)), hidden, open_, step, rule, tau, clash, labels, temperature, generator,
+                              bound)
             s.forwards[some] += 1
             open_ = unfinished(tokens)
             still = open_.any(1)
@@ -205,12 +213,12 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     return s.result()
 
 
-def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.4):
+def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.4, labels=None):
     """block_decode for GPUs, where a small model's time is the time to launch its kernels: all shapes are fixed (rows do not wait
     for each other, the window is always two blocks wide, finished rows stay), so that a step can be recorded once and
     replayed (model.recorded)."""
     prompt = F.pad(prompt, (-prompt.shape[1] % 32, 0), value=PAD)  # few shapes
-    s, step = recorded(model, ("block", *prompt.shape, n_tokens, block_size, rule, tau, clash, temperature),
+    s, step = recorded(model, ("block", *prompt.shape, n_tokens, block_size, rule, tau, clash, labels, temperature),
                        lambda: BlockState(model, prompt, n_tokens, block_size), generator)
     B = block_size
 
@@ -219,7 +227,7 @@ def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperat
         slots = s.P + s.block * B - n_clean + s.slot[:n_clean + B]  # (n, n_clean + B)
         hidden = s.forward(slice(None), slots, *s.view(slots, s.P + s.R))[:, :-1]
         at = s.rows[:, None], s.block * B + s.lane
-        tokens = s.commit(at, hidden, unfinished(s.response[at]), s.in_block, rule, tau, clash, temperature, s.generator)
+        tokens = s.commit(at, hidden, unfinished(s.response[at]), s.in_block, rule, tau, clash, labels, temperature, s.generator)
         s.forwards += s.running
         full = ~unfinished(tokens).any(1)
         done = full & ((tokens == EOS).any(1) | (s.block[:, 0] == s.R // B - 1))

@@ -275,6 +275,36 @@ def test_independent_slots_go_together_and_rivals_wait(word, open_, tau, chosen)
     assert torch.equal(choose(logp, open_, forced, "independent", tau), sure | forced)
 
 
+@pytest.mark.parametrize("word, open_, forced, chosen", [
+    ([5, 5, 6, 6], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1]),  # all are sure: the surest of each label
+    ([5, 5, 5, 5], [1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]),  # what is committed already competes with none
+    ([2, 2, 9, 9], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]),  # other words may stand in many slots
+    ([5, 5, 6, 5], [1, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0]),  # a forced slot goes first, however unsure
+    ([5, 6, 7, 8], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1])])
+def test_of_sure_slots_that_want_the_same_label_only_the_surest_is_committed(word, open_, forced, chosen):
+    logp = flat_but_one(torch.tensor([[.95, .93, .92, .96]]), torch.tensor([word]))
+    open_, forced = torch.tensor([open_]).bool(), torch.tensor([forced]).bool()
+    assert choose(logp, open_, forced, "independent", 0.9, labels=range(5, 9)).int().tolist() == [chosen]
+    assert choose(logp, open_, forced, "independent", 0.9).tolist() == open_.tolist()  # without labels: all that are sure
+
+
+@pytest.mark.parametrize("B", [2, 3, 4])
+def test_no_label_is_committed_twice_in_a_step_and_the_fixed_shapes_agree(B):
+    avoided = 0
+    for seed in range(6):
+        model, prompt, labels = tiny_gpt(seed), left_padded(LENGTHS, seed), range(3, VOCAB)
+        with torch.no_grad():
+            decoded, fixed = (f(model, prompt, 12, B, "independent", 0.3, labels=labels) for f in (block_decode, replay_block_decode))
+            free = block_decode(model, prompt, 12, B, "independent", 0.3)
+        for name in ("tokens", "filled", "commit_step", "forwards"):
+            assert torch.equal(getattr(decoded, name), getattr(fixed, name))
+        twice = lambda d: sum(d.filled[n, i] == d.filled[n, j] >= 3 and d.commit_step[n, i] == d.commit_step[n, j] != NEVER
+                              for n in range(len(LENGTHS)) for b in range(0, 12, B) for i, j in itertools.combinations(range(b, b + B), 2))
+        assert not twice(decoded)
+        avoided += twice(free)
+    assert avoided  # the test has cases
+
+
 @pytest.mark.parametrize("B", [1, 3, 4])
 def test_the_decoders_of_fixed_shape_write_what_the_plain_ones_write(B):
     # On a GPU their steps are recorded and replayed; here the same functions run as they are. Twice: the second call reuses the state.
