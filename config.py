@@ -66,7 +66,7 @@ class Config:
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
     commit: str = "independent"  # independent | threshold | factor | steps: see sampler.choose
     clash: float = 0.4           # independent: unsure slots that collide with a higher probability are not committed together
-    tau: float = 0.98            # (roll-outs have thresholds of their own: tau can be turned after training)
+    tau: float = 0.5             # (roll-outs have thresholds of their own: tau can be turned after training)
 
     # CFT: conversion fine-tuning
     cft_steps: int = 1700
@@ -113,7 +113,7 @@ class Config:
     # evaluation
     eval_split: str = "test"     # test | val: settings (tau, steps, ...) are chosen on val, in report_val.json
     eval_batch: int = 256
-    eval_taus: str = "0.7,0.9,1.0"  # the curve around the operating point
+    eval_taus: str = "0.3,0.7,0.9,1.0"  # the curve around the operating point
     eval_curve_users: int = 400  # users on the curve (the operating point has all)
     eval_speed_seconds: float = 4.0  # time spent on each throughput measurement
     show: int = 0                # evaluate: print what the last student wrote for so many test users, instead of the report
@@ -128,7 +128,7 @@ PRESETS = {
     "toy": {},
     "small": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413, n_val=2500, n_test=10 ** 6,
-        d_model=128, batch_size=32, warmup=100, tau=0.99, clash=0.1, eval_curve_users=300, eval_taus="0.9,0.98,1.0",
+        d_model=128, batch_size=32, warmup=100, tau=0.4, clash=0.1, eval_curve_users=300, eval_taus="0.2,0.7,0.9,1.0",
         ar_steps=12000, ar_lr=2e-3,
         cft_steps=5000, cft_lr=1e-3, cft_prompts=131413, cft_gold=True, cft_noise="uniform", cft_answer_states=3,
         cft_unsure=True, cft_misplace=0.9, cft_penalty=10.0,

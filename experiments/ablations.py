@@ -64,7 +64,7 @@ LINES = {
         "off-policy: teacher's text": dict(opd_source="teacher"),
     },
 }
-THRESHOLDS, FACTORS = (0.7, 0.9, 0.95, 0.98, 0.995, 1.0), (1.5, 1.0, 0.5, 0.25, 0.1, 0.03)
+THRESHOLDS, FACTORS = (0.3, 0.5, 0.7, 0.9, 0.98, 1.0), (1.5, 1.0, 0.5, 0.25, 0.1, 0.03)
 # Token-forwards of an update, a backward counting as two: OPD decodes (about 4 prompts' worth of tokens), reads the text with
 # teacher and student, and takes a CFT step as anchor; measured in tokens this is 2.2 CFT steps.
 OPD_COST = 2.2

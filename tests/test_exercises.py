@@ -349,7 +349,7 @@ def test_opd_run():
         expect(all(c.shape == (6, 3) for c in lines[stage]), f"{name}: a curve has six points of three figures")
         expect(len({c.tobytes() for c in lines[stage]}) == 3, f"{name}: two seeds have the same curve")
     for metric, column in (("valid", 1), ("ndcg@10", 2)):
-        wanted = plain_verdict(lines["opd"], lines["cft"], 3, column)[1]
+        wanted = plain_verdict(lines["opd"], lines["cft"], 1, column)[1]
         found = read(todo, "verdict_opd.json").get(metric, {})
         check_verdict(found, wanted, ("pays", "harms", "unresolved"), f"verdict_opd.json, {metric}")
 
@@ -382,5 +382,5 @@ def test_frontier():
     near(mean["diff_to_ar"]["ndcg@10"][0], low, 0.001, "the lower end of N@10 - AR, against the normal approximation")
     expect(low > -0.01, f"N@10 - AR may be as low as {low:.4f}: the margin is -.01")
     expect(mean["valid"] >= 0.99, f"{100 * mean['valid']:.1f} % of the answers are valid: 99 are asked")
-    goal = next(r for r in theirs["rows"] if r["stage"] == "cft" and r["tau"] == 0.7 and r["seed"] == "mean")["forwards"]
+    goal = next(r for r in theirs["rows"] if r["stage"] == "constrained" and r["seed"] == "mean")["forwards"]
     expect(mean["forwards"] <= goal, f"{mean['forwards']:.2f} forwards a response: {goal:.2f} or fewer are asked")
