@@ -1,7 +1,7 @@
 """Evaluation: every stage on the same test users, one table, report.json, figures.
 
     python evaluate.py --config toy      # about 2 minutes on 2 CPU cores
-    python evaluate.py --config small    # Amazon Beauty, about 10 minutes on 2 CPU cores
+    python evaluate.py --config small    # Amazon Beauty, about 3 minutes on 2 CPU cores
     python evaluate.py --config toy --show 3   # three users, and what the last student wrote for them
 
 Reads the checkpoints under runs/<config>/seed*/, writes report.json, report.md and figures to runs/<config>/. The block-
@@ -25,8 +25,8 @@ from figures import figures
 from model import EOS, PAD, ar_decode
 from show import show
 
-SPEED_BATCH = 64
-METRICS = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr")
+ROWS = ("ar", "naive", "cft", "opd", "rl", "constrained")  # of the table, in their order
+METRICS, SPEED_BATCH = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr"), 64
 
 
 # --- Metrics and statistics ---------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def evaluate_seed(cfg, world, seed, known):
         if reported:  # the operating point is on the curve too, with the curve's users
             out[stage, tau, False] = {k: v[:n_curve] for k, v in scores.items()}, NO_TIMING, seconds.get(stage)
 
-    for stage in ("ar", "naive", "cft", "opd", "rl", "constrained"):
+    for stage in ROWS:
         if stage in models and not (known and stage in ("ar", "naive")):
             add(stage, None if stage == "ar" else cfg.tau, len(world.test), True)
             for tau in curve if stage not in ("ar", "constrained") else ():  # 1 is the slow end: naive has its best chance there
@@ -291,8 +291,8 @@ def main(cfg):
         first_models = models if seed == seeds[0] else first_models
     orders = {"prerank": world.test.incoming, "oracle" if cfg.world == "toy" else "writer": world.test.order, **world.references}
     still = {name: score_order(world.test, order) for name, order in orders.items()} | beside
-    mean_of = {key: average([found[key][0] for found in per_seed.values() if key in found])
-               for key in dict.fromkeys(key for found in per_seed.values() for key in found)}  # some seeds may lack late stages
+    keys = dict.fromkeys(key for found in per_seed.values() for key in found)  # some seeds may lack late stages
+    mean_of = {key: average([found[key][0] for found in per_seed.values() if key in found]) for key in sorted(keys, key=lambda key: ROWS.index(key[0]))}
     report = {"config": cfg.config, "dataset": "Amazon Beauty" if cfg.world == "beauty" else "toy world",
               "source": world.source, "split": cfg.eval_split, "n_users": len(world.test), "device": device_name(cfg), "seeds": seeds,
               "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "clash": cfg.clash, "tau": cfg.tau},

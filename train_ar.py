@@ -1,7 +1,7 @@
 """Stage 1, AR: the teacher GR2, a GPT that writes a reasoning trace and then the ranking.
 
     python train_ar.py --config toy      # 3 minutes on 2 CPU cores; expect "match" (tokens as in the reference) above .97
-    python train_ar.py --config small    # Amazon Beauty, about 25 minutes on 2 CPU cores; expect match .98
+    python train_ar.py --config small    # Amazon Beauty, about 20 minutes on 2 CPU cores; expect match .98
 
 Plain next-token cross-entropy on the response, with the few answer tokens weighted above the many trace tokens (GR2,
 arXiv 2602.07774: lambda_answer > lambda_trace). Traces are written by rule from the prompt, answers by the oracle (toy)

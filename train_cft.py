@@ -1,7 +1,7 @@
 """Stage 2, CFT: conversion fine-tuning, which turns the AR teacher into a block-diffusion model.
 
-    python train_cft.py --config toy      # 5 minutes on 2 CPU cores; expect .998 valid at 7.8 tokens a forward
-    python train_cft.py --config small    # Amazon Beauty, over an hour on 1 CPU core; expect .999 valid at 7.7
+    python train_cft.py --config toy      # 5 minutes on 2 CPU cores; expect .999 valid at 10.9 tokens a forward
+    python train_cft.py --config small    # Amazon Beauty, 40 minutes to over an hour on 1 CPU core; expect .9998 valid at 11.5
 
 The teacher first answers `cft_prompts` training prompts, once. Its greedy outputs are a nearly deterministic function of
 the prompt, and that is what decoding many tokens at once needs: where several labels are equally likely, independent

@@ -1,7 +1,7 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects every token it wrote.
 
     python train_opd.py --config toy      # 50 seconds on 2 CPU cores; expect no harm, CFT being nearly perfect there
-    python train_opd.py --config small    # Amazon Beauty, 4 minutes on 1 CPU core; expect valid and ranking as they were
+    python train_opd.py --config small    # Amazon Beauty, 2 to 4 minutes on 1 CPU core; expect valid and ranking as they were
 
 CFT shows the student states made by random masks over the teacher's text; while it decodes it meets others, made by its
 own choices. So the student decodes, drawing its tokens, with its cached block sampler, and in the states that it met its

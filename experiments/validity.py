@@ -1,6 +1,6 @@
 """How often is an answer invalid? Counted on far more lists than have their target in them.
 
-    python experiments/validity.py --config small --seeds 0,1,2   # all 22,363 users before their validation item; 5 minutes a stage and seed
+    python experiments/validity.py --config small --seeds 0,1,2   # all 22,363 users before their validation item; 2 minutes a stage and seed
     python experiments/validity.py --config toy                   # 20,000 fresh lists
 
 At 99.9 % valid the test users of one seed have two invalid answers: nothing can be told from so few. Validity needs no target, so
