@@ -20,7 +20,7 @@ from common import decode_split, finished_stages, save_atomically, script  # noq
 from config import folder  # noqa: E402
 from data import load_world, parse_answers, toy_split  # noqa: E402
 from evaluate import finished_seeds, stage_decoder  # noqa: E402
-from prerank import Counts, prerank  # noqa: E402
+from prerank import Counts, attributes, prerank  # noqa: E402
 
 TOY_LISTS = 20000
 
@@ -33,7 +33,7 @@ def many_lists(cfg, world):
     sequences, items, *_ = read_beauty(cfg.data_dir)
     counts, end = Counts(sequences, len(items), 2), np.array([len(s) - 2 for s in sequences])
     histories = [s[:-2] for s in sequences]
-    candidates, _ = prerank(counts.T, counts.cnt, np.concatenate(histories), np.cumsum(end) - end, end)
+    candidates, _ = prerank(counts.T, counts.cnt, np.concatenate(histories), np.cumsum(end) - end, end, attributes(items) if cfg.hybrid else None)
     _, examples = rerank.beauty(cfg, world)
     return examples([h.tolist() for h in histories], candidates.tolist())
 
