@@ -1,4 +1,4 @@
-"""Amazon Beauty: evidence, trace writer, and how they become tokens.
+"""Amazon Beauty: evidence, the writer of rankings, and how they become tokens.
 
 Everything is computed from counts over the sequences (prerank.py): the pre-ranker's end before a user's last two items, the
 evidence's before the target.
@@ -232,7 +232,7 @@ def write_scores(train, *others, **kw):
 # equal, and 20 numbers are learned several times faster than 436 brands and 227 paths.
 
 FRESH = "prerank, fresh"
-CACHE = "7"  # to be raised when the meaning of the cached arrays changes
+CACHE = "8"  # to be raised when the meaning of the cached arrays changes
 BRAND_MATCH = ["brand:unknown", "brand:0", "brand:1", "brand:1,last", "brand:2", "brand:2,last", "brand:3+", "brand:3+,last"]
 
 
@@ -320,12 +320,14 @@ def read_world(cfg, path, key, source):
 
 def make_world(cfg, path, key, source, sequences, items, n_skipped):
     """The World, prepared, and written to a file."""
-    print("preparing Amazon Beauty: pre-ranker, evidence, trace writer (about a minute, once) ...", file=sys.stderr)
+    print("preparing Amazon Beauty: pre-ranker, evidence, ranking writer (about a minute, once) ...", file=sys.stderr)
     train, val, test, fresh = prepare(sequences, items, cfg.hybrid)
     nearest = rare(train)
     for lists in (train, val, test):
         merge_rare(lists, nearest)
     write_scores(train, val, test)
+    in_list = lambda lists: np.flatnonzero(lists.target < cfg.n_candidates)  # of shorter lists fewer users have their target in them
+    fresh, val, test = fresh[in_list(test)], val.take(in_list(val)), test.take(in_list(test))
     words, rng = beauty_words(items, cfg.n_labels), np.random.default_rng(11)
     # All examples whose target is in the list (the population that is tested), filled up with others: the writer
     # orders any list.

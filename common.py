@@ -298,8 +298,12 @@ class Run:
         self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
                                             {"params": rest, "weight_decay": 0.0}], lr=self.lr, betas=(0.9, 0.98), fused=device_of(cfg).type == "cuda")
         self.first, self.seconds, self.shown, self.finished = 0, 0.0, {}, False
+        self.start = checksum(model.state_dict())  # of the weights that the stage begins with
         state = read_checkpoint(cfg, stage, world)
         if state is not None:
+            if state.get("start") != self.start:
+                raise UserError(f"{checkpoint_path(cfg, stage)} was begun from other weights (--teacher, --init or the stage before "
+                                "has changed): name those again, or use another --run_dir, or delete it")
             load_weights(checkpoint_path(cfg, stage), state, model)
             self.optimizer.load_state_dict(state["optimizer"])
             self.first, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]
@@ -360,7 +364,7 @@ class Run:
         return done % self.cfg.valid_every == 0 or done & (done - 1) == 0 or done == self.n_steps
 
     def _save(self, done):
-        state = {"stage": self.stage, "settings": settings_of(self.cfg, self.stage), "words": self.world.words,
+        state = {"stage": self.stage, "settings": settings_of(self.cfg, self.stage), "words": self.world.words, "start": self.start,
                  "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": done,
                  "finished": done == self.n_steps, "seconds": self.seconds}
         save_tensors(checkpoint_path(self.cfg, self.stage), state)

@@ -29,7 +29,7 @@ class Config:
     # the world: what a prompt is made of
     world: str = "toy"           # toy | beauty
     data_dir: str = "data/beauty"  # folder with sequences.txt and items.tsv (beauty only)
-    hybrid: bool = False         # beauty: the stricter pre-ranker that also scores brand and category
+    hybrid: bool = False         # beauty: a pre-ranker that also scores brand and category
     n_candidates: int = 8        # K, the length of every list in validation and test, the longest in training
     n_labels: int = 16           # label tokens; more than K, so that an answer can be out of set
     min_list: int = 4            # shortest training list
@@ -51,8 +51,8 @@ class Config:
     grad_clip: float = 1.0
     bfloat16: bool = True        # training forwards in bfloat16 autocast where the hardware has it, else in float32
     compile: bool = False        # torch.compile the forwards of AR training, on a GPU
-    warmup: int = 50             # steps of linear warm-up; then cosine decay to zero
-    answer_weight: float = 4.0   # loss weight of answer tokens over trace tokens, in AR and CFT
+    warmup: int = 50             # steps of linear warm-up, at most a tenth of a stage; then cosine decay to zero
+    answer_weight: float = 4.0   # loss weight of answer tokens; trace tokens have 1
     max_steps: int = 0           # cap every stage at this many steps (0 = no cap), for a quick look
     save_every: int = 100        # steps between checkpoints
     valid_every: int = 100       # steps between the valid rates shown in the bar (and after 1, 2, 4, 8, ...)
@@ -60,13 +60,13 @@ class Config:
     # AR: the teacher
     ar_steps: int = 2500
     ar_lr: float = 2e-3
-    ar_misplace: float = 0.5     # share of training answers that show labels in wrong places, at the end; none at the start
+    ar_misplace: float = 0.5     # share of training answers that show labels in wrong places: it grows from 0 to this
 
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
     commit: str = "independent"  # independent | threshold | factor | steps: see sampler.choose
-    clash: float = 0.4           # independent: unsure slots that collide with a higher probability are not committed together
-    tau: float = 0.5             # (roll-outs have thresholds of their own: tau can be turned after training)
+    clash: float = 0.4           # independent: where no slot is sure, two that would collide with a higher probability do not go together
+    tau: float = 0.5             # a slot is committed when its confidence exceeds this (steps: steps a block); may be turned after training
 
     # CFT: conversion fine-tuning
     cft_steps: int = 1700
@@ -87,14 +87,14 @@ class Config:
     opd_beta: float = 0.5        # jsd: weight of the teacher in the mixture
     opd_anchor: float = 1.0      # weight of the CFT loss in the mix
     opd_weight: float = 1.0      # weight of the divergence
-    opd_tau: float = 0.7         # threshold of the roll-outs; lower than the operating point, where mistakes are
+    opd_tau: float = 0.7         # tau of the roll-outs
     opd_source: str = "student"  # whose text: the student's own decode | teacher (off-policy: its outputs, random masks)
     opd_states: str = "masked"   # tokens scored in a state: all masked there | committed there | next (leftmost masked)
     opd_answer_states: int = 4   # extra states of the answer's blocks
     opd_rollout_temperature: float = 1.0  # of the student's draws: greedy text is too good to teach how to get out of mistakes
     opd_temperature: float = 1.0  # of the teacher's target; above 1 it is softer
     opd_exclude: bool = True     # labels that a state shows are taken out of the target: the teacher cannot see to its right
-    opd_cut: bool = False        # nothing counts behind the first wrong label: there the teacher is out of its depth
+    opd_cut: bool = False        # nothing counts behind the first repeated label: there the teacher is out of its depth
 
     # RL: GRPO / DAPO
     rl_steps: int = 30           # roll-outs
@@ -104,7 +104,7 @@ class Config:
     rl_group: int = 8            # samples a prompt
     rl_epochs: int = 2           # updates a roll-out; with one the ratio is 1 and the clip never acts
     rl_temperature: float = 1.0
-    rl_tau: float = 0.9          # threshold of the roll-outs
+    rl_tau: float = 0.9          # tau of the roll-outs
     rl_eps_low: float = 0.2      # clip [1 - eps_low, 1 + eps_high]
     rl_eps_high: float = 0.28
     rl_alpha: float = 0.1        # format reward
@@ -144,7 +144,7 @@ PRESETS = {
         rl_steps=60, rl_lr=1e-4, rl_prompts=16),
 }
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the checkpoint of the one before
-RUNTIME = {  # these change no weight
+RUNTIME = {  # these change no weight; of teacher and init, which name files, the weights are compared (common.Run)
     "run_dir", "threads", "device", "data_dir", "seeds", "show", "requests", "beside", "ablate", "lines", "save_every", "valid_every",
     "compile", "n_val", "n_test", "tau", "commit", "clash", "teacher", "init"}
 
@@ -162,13 +162,13 @@ def parse_args(doc, argv=None):
     fields = {f.name: f for f in dataclasses.fields(Config)}
     given = {}
     while argv:
-        name, _, value = argv.pop(0).partition("=")
+        name, equals, value = argv.pop(0).partition("=")
         if not name.startswith("--") or name[2:] not in fields:
             near = difflib.get_close_matches(name.lstrip("-"), fields, n=3, cutoff=0.4)
             raise UserError(f"unknown option {name}: did you mean {' or '.join('--' + n for n in near)}?" if near else
                             f"unknown option {name}: see --help for the list")
         name = name[2:]
-        if not value:
+        if not equals:
             if not argv:
                 raise UserError(f"--{name} needs a value, for example --{name} {fields[name].default}")
             value = argv.pop(0)
@@ -209,6 +209,10 @@ def check(cfg):
         raise UserError(f"--show takes a number of users, not {cfg.show}")
     if cfg.tau <= 0:
         raise UserError(f"--tau must be above 0, not {cfg.tau}")
+    try:
+        [float(tau) for tau in cfg.eval_taus.split(",")]
+    except ValueError:
+        raise UserError(f"--eval_taus must be numbers with commas, not '{cfg.eval_taus}'")
     if cfg.rl_group < 2:
         raise UserError(f"--rl_group must be at least 2 (an advantage compares samples of one prompt), not {cfg.rl_group}")
     if cfg.device == "cuda" and not torch.cuda.is_available():

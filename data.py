@@ -31,7 +31,7 @@ class Split:
     """Examples as arrays, one row each: everything a stage or the evaluation may look at."""
     prompt: np.ndarray  # (N, P) int16, left-padded
     trace: np.ndarray   # (N, T) int16, right-padded: the trace as the rule writes it from the prompt
-    order: np.ndarray   # (N, K) int8, labels best first by oracle or trace writer, -1 behind the list's end
+    order: np.ndarray   # (N, K) int8, labels best first by oracle or writer, -1 behind the list's end
     target: np.ndarray  # (N,) int8, label of the true next item, -1 if it is not in the list
     incoming: np.ndarray  # (N, K) int8, labels of the candidates in pre-ranked order (0, 1, ... unless labels are random)
 
@@ -78,7 +78,7 @@ def tensors(split, rows, device):
 
 
 def responses(trace, order):
-    """trace (N, T), order (N, K) list positions, -1 = none -> responses (N, T + K + 2), right-padded."""
+    """trace (N, T), order (N, K) labels, -1 = none -> responses (N, T + K + 2), right-padded."""
     N = len(trace)
     column = lambda token: np.full((N, 1), token, np.int16)
     labels = np.where(order >= 0, order + LABEL, PAD).astype(np.int16)

@@ -2,7 +2,7 @@
 
 A response is cut into blocks of B tokens, counted from its start; the same grid serves training, sampling and replay.
 A block sees the prompt and the finished blocks before it, and itself in both directions. Inside a block, the noised
-state shows [MASK] where a token is not committed yet. The token shift of the AR model is kept: the state at slot i-1
+state shows [MASK] where a token is not committed yet. The token shift of the AR model is kept: the output at slot i-1
 predicts token i. Hence a block's first token is predicted by the last *clean* token before the block, exactly as in AR
 decoding, and at B = 1 nothing else is left: block diffusion is AR.
 """
@@ -54,7 +54,7 @@ def segment_hidden(model, prompt, clean, noised, block):
     if B == 1:  # every token is a first token: the clean stream predicts them all, and block diffusion is AR
         noised, M = noised[:, :0], 0
     else:
-        clean, R = clean[:, :-B], R - B  # what the last block's clean copy says, no other block asks
+        clean, R = clean[:, :-B], R - B  # no block looks at the last block's clean copy
     pad = pad_left(prompt)[:, None]  # (N, 1)
     lane = torch.arange(B, device=dev)
     start = P + block * B  # (N, M) slot of each block's first token in the clean stream
@@ -117,12 +117,12 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None,
     masked[:, 0] = False
     all_masked = rand(n, 1) < first_step
     first = torch.arange(B, device=device) == 0
-    shown = masked | all_masked
+    masked |= all_masked
     if kind == "complementary":
-        other = ~masked & ~first & ~all_masked
-        return torch.stack((shown, other), dim=1), torch.stack(((shown | first).float(), other.float()), dim=1)
-    weight = torch.where(first, 1.0, shown / torch.where(all_masked, 1.0, t[:, None]))
-    return shown[:, None], weight[:, None]
+        other = ~masked & ~first
+        return torch.stack((masked, other), dim=1), torch.stack(((masked | first).float(), other.float()), dim=1)
+    weight = torch.where(first, 1.0, masked / torch.where(all_masked, 1.0, t[:, None]))
+    return masked[:, None], weight[:, None]
 
 
 def draw_states(model, prompt, shown, block_size, kind, first_step, generator, extra=None, unsure=False, rows=slice(None)):
@@ -161,7 +161,7 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     extra (N, E), unsure: more states of some blocks, see draw_states; with unsure the value is no estimate of the bound
     source (N, R): the slot whose token each slot shows (a permutation; default: its own). Then y is still what the model must say,
         but what it sees differs, and masked slots must become what is left (what_is_left)
-    once (N, R): for slots whose tokens must all differ, a ranking, the weight of the penalty taken_nats where they are masked; else 0
+    once (N, R): in a ranking, whose tokens must differ, the weight of the penalty taken_nats where they are masked; elsewhere 0
     rows: the part of the batch whose loss is summed; draws and normaliser are those of the whole
     """
     B, R = block_size, response.shape[1]

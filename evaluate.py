@@ -214,7 +214,8 @@ def finished_seeds(cfg):
 
 
 def evaluate_seed(cfg, world, seed, known):
-    """All rows of one seed: {(stage, tau, reported): (scores, timing, train_seconds)} for every stage that finished.
+    """All rows of one seed: {(stage, tau, reported): (scores, timing, train_seconds)} for every stage that finished;
+    reported: at the operating point, all users; else a point of the curve.
     known: the rows of AR and naive, where another seed with the same teacher has them."""
     cfg = dataclasses.replace(cfg, seed=seed)
     n_curve = min(cfg.eval_curve_users, len(world.test))
@@ -245,7 +246,7 @@ def evaluate_seed(cfg, world, seed, known):
     for stage in ROWS:
         if stage in models and not (known and stage in ("ar", "naive")):
             add(stage, None if stage == "ar" else cfg.tau, len(world.test), True)
-            for tau in curve if stage not in ("ar", "constrained") else ():  # 1 is the slow end: naive has its best chance there
+            for tau in curve if stage not in ("ar", "constrained") else ():  # tau 1 is the slow end: naive's best chance
                 if tau != cfg.tau:
                     add(stage, tau, n_curve, False)
     return out, models

@@ -122,7 +122,7 @@ def denoising_figure(cfg, world, model, plt):
     shown = tokens != PAD
     n_steps = int(steps[shown].max()) + 1
     colours = plt.get_cmap("viridis_r")(np.linspace(0.05, 0.6, n_steps))
-    fig, ax = plt.subplots(figsize=(1.05 * B, 0.55 * len(tokens) + 1.2))
+    fig, ax = plt.subplots(figsize=(max(6, 1.05 * B), 0.55 * len(tokens) + 1.2))
     cells = {}  # (block, step) -> what appears there
     for i, j in zip(*np.nonzero(shown)):
         ax.add_patch(plt.Rectangle((j, i), 0.96, 0.92, color="#dddddd"))  # [MASK]

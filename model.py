@@ -14,7 +14,7 @@ PAD, MASK, EOS = 0, 1, 2  # the three tokens that decoders must know; data.py na
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once: k, v are (n_layer, N, S, d_model); slot s holds position s."""
+    """Keys and values of every layer, allocated once: k, v are (n_layer, N, S, d_model)."""
 
     def __init__(self, model, n_rows, n_slots):
         ref = model.embed.weight
@@ -50,8 +50,7 @@ def rotate(x, cos, sin):
     """Rotary embedding (RoFormer, eq. 34): x (..., hd) rotated in hd/2 planes (i, i + hd/2), cos and sin broadcastable to x.
 
         (a, b) -> (a cos - b sin, b cos + a sin)
-    The minus is in the first half of sin (GPT.__init__), so that it is two products over the whole width: forward and backward
-    take a third of the time of four over halves, a tenth of a CFT step.
+    sin holds the minus (GPT.__init__): two products over the whole width instead of four over halves save a tenth of a CFT step.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
@@ -147,7 +146,7 @@ class GPT(nn.Module):
         x = self.embed(tokens)
         cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)
         for layer, block in enumerate(self.blocks):
-            asked = last if layer == len(self.blocks) - 1 else 0  # of the others nobody looks at more than keys and values
+            asked = last if layer == len(self.blocks) - 1 else 0  # the last layer's output is needed for these only
             if cache is None:
                 x = self.run_block(block, x, mask, cos, sin, segment=segment, last=asked)
             else:
@@ -171,7 +170,7 @@ def causal_hidden(model, prompt, response):
     """Hidden states that predict each response token autoregressively, in one forward.
 
     prompt (N, P) left-padded, response (N, R) -> (N, R, d_model); row i of a response is predicted from the tokens before
-    it (the token shift: the state at slot P-1+i predicts response token i).
+    it (the token shift: the output at slot P-1+i predicts response token i).
     """
     tokens = torch.cat((prompt, response[:, :-1]), dim=1)  # (N, P+R-1)
     slot = torch.arange(tokens.shape[1], device=tokens.device)
@@ -189,7 +188,7 @@ def ar_decode(model, prompt, max_len, temperature=0.0, generator=None):
     the tempered distribution (0 after [EOS]); forwards (N,): the one that reads the prompt yields the first token.
     """
     if prompt.is_cuda:
-        return replay_ar_decode(model, prompt, max_len, temperature, generator)
+        return graph_ar_decode(model, prompt, max_len, temperature, generator)
     s = ARState(model, prompt, max_len)
     for i in range(max_len):
         n_keys = s.P + i
@@ -247,7 +246,7 @@ class ARState:
         return self.tokens.clone(), self.logp.clone(), (self.tokens != PAD).sum(1)
 
 
-def replay_ar_decode(model, prompt, max_len, temperature=0.0, generator=None):
+def graph_ar_decode(model, prompt, max_len, temperature=0.0, generator=None):
     """ar_decode for GPUs: the step looks at all slots, has the same shapes for every token, and is replayed (recorded)."""
     prompt = F.pad(prompt, (-prompt.shape[1] % 32, 0), value=PAD)  # few shapes
     s, step = recorded(model, ("ar", *prompt.shape, max_len, temperature), lambda: ARState(model, prompt, max_len), generator)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model import EOS, MASK, PAD, KVCache, pad_left, recorded, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
-DRAWN_CLASH = 0.1  # choose's clash where tokens are drawn, not the best: they collide more often
+DRAWN_CLASH = 0.1  # choose's clash in roll-outs: drawn tokens collide more often. They pass no labels either: mistakes are to be learned from
 
 
 @dataclass
@@ -99,7 +99,7 @@ class BlockState:
         self.step = zeros(n, n_tokens)
         self.logp = model.embed.weight.new_zeros(n, n_tokens)
         self.pad, self.forwards, self.running = zeros(n, 1), zeros(n), zeros(n).bool()
-        self.block, self.in_block = zeros(n, 1), zeros(n, 1)     # for replay_block_decode: the block a row is at, and steps done in it
+        self.block, self.in_block = zeros(n, 1), zeros(n, 1)     # for graph_block_decode: the block a row is at, and steps done in it
         self.cache = KVCache(model, n, self.P + n_tokens)
         self.rows, self.slot, self.lane = (torch.arange(size, device=dev) for size in (n, self.P + n_tokens, B))
         response = (self.slot - self.P) // B * B + B - 1         # last slot that a query of the response sees
@@ -172,13 +172,13 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash, labels: see `choose`;
     fuse=False spends a forward of its own on the store (a reference, same tokens); constrain, optional, is a function
     (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained decoder; prefix (N, L), whole
-    blocks, is a response's given beginning. Returns Decoded. A row's result does not depend on the other rows of its batch,
+    blocks, is a response's given beginning. Returns Decoded. A greedy row does not depend on the other rows of its batch,
     up to float round-off.
     """
     B = block_size
     R = math.ceil(max_len / B) * B
     if prompt.is_cuda and fuse and constrain is None and prefix is None:
-        return replay_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash, labels)
+        return graph_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash, labels)
     s = BlockState(model, prompt, R, B, prefix)
     n_clean = s.P + s.given  # the first forward reads the prompts
     for begin in range(s.given, R, B):
@@ -213,7 +213,7 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     return s.result()
 
 
-def replay_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.4, labels=None):
+def graph_block_decode(model, prompt, n_tokens, block_size, rule, tau, temperature=0.0, generator=None, clash=0.4, labels=None):
     """block_decode for GPUs, where a small model's time is the time to launch its kernels: all shapes are fixed (rows do not wait
     for each other, the window is always two blocks wide, finished rows stay), so that a step can be recorded once and
     replayed (model.recorded)."""

@@ -70,7 +70,7 @@ def main(cfg):
     for step in run.steps():
         gen = generator(cfg, "ar", step)
         prompt, response = tensors(world.train, draw_batch(len(world.train), cfg.batch_size, gen), device)
-        weight = token_weights(response, cfg.answer_weight)
+        weight, answer = token_weights(response, cfg.answer_weight), in_answer(response) & (response != PAD)
         # In half of the examples at the end, in none at the start: a model that does not yet know the order learns it late, or
         # never, from orders that are broken (toy: exact answers .40 with half from the start, .60 like this, .61 with none).
         source = misplaced(response, cfg.ar_misplace * step / run.n_steps, gen)
@@ -86,7 +86,7 @@ def main(cfg):
         log = run.update(loss)
 
         mean_nats = lambda part: (total((nats * part[rows]).sum()) / part.sum()).item()
-        log |= {"trace_nats": mean_nats(weight == 1), "answer_nats": mean_nats(weight > 1)}
+        log |= {"trace_nats": mean_nats((weight > 0) & ~answer), "answer_nats": mean_nats(answer)}
         if run.time_to_validate():
             rows = range(min(64, len(world.val)))
             prompt, truth = tensors(world.val, rows, device)

@@ -9,8 +9,8 @@ choices collide, and the answer shows a label twice and another not at all. (`sm
 function of the prompt too, without the teacher's own mistakes: --cft_gold, results/findings.md.) Then the masked-diffusion loss, from the
 teacher's weights, with the answer weighted above the trace, and, with --cft_penalty, a price on giving a label that is taken.
 
-Logged: loss; now and then valid and tokens_per_forward of 64 validation users, decoded at the operating point. valid dips first
-while tokens_per_forward rises: judge both together.
+Logged: loss; now and then valid and tokens_per_forward of 64 validation users, decoded at the operating point. valid starts near 0,
+the naive conversion's; judge it together with tokens_per_forward.
 """
 import os
 

@@ -1,4 +1,4 @@
-"""Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects every token it wrote.
+"""Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects it.
 
     python train_opd.py --config toy      # 50 seconds on 2 CPU cores; expect no harm, CFT being nearly perfect there
     python train_opd.py --config small    # Amazon Beauty, 2 to 4 minutes on 1 CPU core; expect valid and ranking as they were
@@ -48,7 +48,7 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
 
 
 def rollout(cfg, world, student, outputs, gen, own):
-    """The student decodes a batch of training prompts with its own sampler: prompt (N, P), Decoded, share of valid ones. gen draws
+    """The student decodes a batch of training prompts: prompt (N, P), Decoded, share of valid ones. gen draws
     the prompts, own what this process draws apart (common.of_my_own).
 
     With opd_source="teacher" the text is the teacher's and the states are random: a token's commit step is its place in a

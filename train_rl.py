@@ -6,10 +6,8 @@
 The student samples a group of responses to each prompt; the reward says how far the true target rose. Importance ratios
 are exact for the decode: log-probabilities are replayed in the very states in which the tokens were committed.
 
-The CFT loss stays in the mix as an anchor, where others put a KL to the reference model. Without it RL sharpens the
-distributions (that alone makes sampled answers more often valid); then more slots pass the confidence threshold at once,
-and the served answers collide: on the toy, valid fell from .98 to .78 while tokens a forward rose from 6.4 to 8.1. No
-gradient tells the model so, since the choice of positions is held fixed in the likelihood.
+The CFT loss stays in the mix as an anchor, where others put a KL to the reference model: without it fewer answers are valid
+(results/toy/hacking.md). No gradient tells the model so, since the choice of positions is held fixed in the likelihood.
 
 Logged: reward, sampled_valid, copied (mean reward, shares of valid answers and of copied lists in the roll-out); signal (share of
 groups whose rewards differ); replay_off (mean |log-probability replayed - recorded|: 0 but for bfloat16); ratio_off and clipped
@@ -42,8 +40,8 @@ def reward(before, after, k, valid, alpha, conditional):
 
 
 def advantages(rewards):
-    """Group-normalised advantages (GRPO, arXiv 2402.03300): rewards (G, n) -> advantages (G, n), and which groups (G,)
-    carry a signal. A group whose rewards are all equal has none and is dropped (DAPO's dynamic sampling)."""
+    """A = (reward - mean) / std within the samples of one prompt (GRPO, arXiv 2402.03300): rewards (G, n) -> A (G, n), and which
+    groups (G,) carry a signal: one whose rewards are all equal has none and is dropped."""
     centred = rewards - rewards.mean(1, keepdim=True)
     signal = centred.abs().amax(1) > 1e-6
     return centred / (rewards.std(1, keepdim=True) + 1e-6), signal

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from conftest import VOCAB, close, left_padded, stream_hidden, tiny_gpt, words
 from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, tokens_shown, unsure_first, what_is_left
-from model import EOS, MASK, PAD, RECORDED, ar_decode, causal_hidden, replay_ar_decode
-from sampler import NEVER, block_decode, choose, replay_block_decode
+from model import EOS, MASK, PAD, RECORDED, ar_decode, causal_hidden, graph_ar_decode
+from sampler import NEVER, block_decode, choose, graph_block_decode
 
 LENGTHS = [4, 1, 6, 3, 5, 2]  # of the prompts: shorter and longer than a block
 RULES = [("independent", 0.6), ("independent", 1.5), ("threshold", 0.3), ("threshold", 0.6), ("threshold", 0.9), ("threshold", 1.5),
@@ -294,7 +294,7 @@ def test_no_label_is_committed_twice_in_a_step_and_the_fixed_shapes_agree(B):
     for seed in range(6):
         model, prompt, labels = tiny_gpt(seed), left_padded(LENGTHS, seed), range(3, VOCAB)
         with torch.no_grad():
-            decoded, fixed = (f(model, prompt, 12, B, "independent", 0.3, labels=labels) for f in (block_decode, replay_block_decode))
+            decoded, fixed = (f(model, prompt, 12, B, "independent", 0.3, labels=labels) for f in (block_decode, graph_block_decode))
             free = block_decode(model, prompt, 12, B, "independent", 0.3)
         for name in ("tokens", "filled", "commit_step", "forwards"):
             assert torch.equal(getattr(decoded, name), getattr(fixed, name))
@@ -314,13 +314,13 @@ def test_the_decoders_of_fixed_shape_write_what_the_plain_ones_write(B):
             plain = block_decode(model, prompt, 12, B, rule, tau)
             for _ in range(2):
                 with torch.no_grad():
-                    fixed = replay_block_decode(model, prompt, -(-12 // B) * B, B, rule, tau)
+                    fixed = graph_block_decode(model, prompt, -(-12 // B) * B, B, rule, tau)
                 for name in ("tokens", "filled", "commit_step", "forwards"):
                     assert torch.equal(getattr(plain, name), getattr(fixed, name)), (seed, rule, name)
                 close(plain.logp, fixed.logp)
         plain = ar_decode(model, prompt, 12)
         with torch.no_grad():
-            fixed = [replay_ar_decode(model, prompt, 12) for _ in range(2)][1]
+            fixed = [graph_ar_decode(model, prompt, 12) for _ in range(2)][1]
         assert torch.equal(plain[0], fixed[0]) and torch.equal(plain[2], fixed[2])
         close(plain[1], fixed[1])
     assert len(RECORDED) <= 4
@@ -328,7 +328,7 @@ def test_the_decoders_of_fixed_shape_write_what_the_plain_ones_write(B):
 
 def test_fixed_shapes_draw_by_the_seed_and_replay_to_what_they_recorded():
     model, prompt = tiny_gpt(), left_padded(LENGTHS)
-    draw = lambda seed: replay_block_decode(model, prompt, 12, 3, "independent", 0.5, 1.0, gen(seed))
+    draw = lambda seed: graph_block_decode(model, prompt, 12, 3, "independent", 0.5, 1.0, gen(seed))
     with torch.no_grad():
         a, b, c = draw(1), draw(1), draw(2)
     assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)

@@ -51,6 +51,7 @@ def checkpoint(run_dir, stage, config="toy"):
     (["cft_steps", "3"], "unknown option cft_steps"),
     (["--cft_steps"], "--cft_steps needs a value"),
     (["--cft_steps", "many"], "--cft_steps must be of type int"),
+    (["--eval_taus", "0.5,much"], "--eval_taus must be numbers"),
     (["--rl_conditional", "maybe"], "--rl_conditional must be true or false"),
     (["--block_size", "0"], "--block_size must be at least 1"),
     (["--show", "-1"], "--show takes a number of users"),
@@ -112,6 +113,8 @@ def test_conversions_may_share_a_teacher_and_start_from_any_fitting_checkpoint(m
         assert expected in refused(train_cft, monkeypatch, capsys, tmp_path / "d", option, value)
     assert "d_model=16 there, 32 now" in refused(train_cft, monkeypatch, capsys, tmp_path / "d", "--teacher", teacher, "--d_model", "32")
     assert "shape" in refused(train_ar, monkeypatch, capsys, tmp_path / "d", "--init", teacher, "--d_model", "32")
+    other = ["--teacher", teacher, "--init", teacher, *steps]
+    assert "begun from other weights" in refused(train_rl, monkeypatch, capsys, tmp_path / "c", *other)
     assert "leave out --teacher" in refused(train_ar, monkeypatch, capsys, tmp_path / "d", "--teacher", teacher)
     for beside, expected in (("x", "--beside takes name=folder:stage"), ("x=nowhere:ar", "first run evaluate.py there"),
                              (f"x={tmp_path / 'b' / 'toy'}:rl", "no stage rl")):
