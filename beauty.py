@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from amazon import read_beauty
-from common import checksum, first_process_first, load_tensors, save_tensors
+from common import RANK, checksum, gathered, load_tensors, save_tensors
 from config import UserError, folder
 from data import CANDIDATES, HISTORY, LABEL, LAST, NONE, PROFILE, SPECIAL, Split, World, list_lengths, pack
 from model import PAD
@@ -37,38 +37,30 @@ RARE = 2000  # see merge_rare
 
 # --- Evidence ------------------------------------------------------------------------------------------------------
 
-def gather_history(flat, start, end):
-    """-> (N, HIST) items, most recent first, -1 where the history is shorter."""
-    back = end[:, None] - 1 - np.arange(HIST)
-    return np.where(back >= 0, flat[start[:, None] + np.maximum(back, 0)], -1)
-
-
 def link_evidence(T, C, cnt, hist, cands, scores):
     """Evidence that only the counts know: T link strengths, C link counts (I, I), hist (N, 8), cands, scores (N, 10)
-    -> dict of (N, 10) uint8."""
+    -> dict of (N, 10)."""
     octaves = lambda x: np.log2(np.maximum(x, 1e-9))
     weight = np.arange(1, HIST + 1) ** -1.5 * (cnt[hist] + 10.0) ** -0.3 * (hist >= 0)
     T8 = T.numpy()[hist[:, :, None], cands[:, None]] * (hist >= 0)[:, :, None]                     # (N, 8, 10)
     part = T8 * weight[:, :, None]
-    ev = dict(pos=np.broadcast_to(np.arange(1, K + 1), cands.shape),
-              pop=np.log2(cnt[cands] + 1).clip(0, 7),
-              link=np.round(2 * octaves(scores / scores.max(1, keepdims=True).clip(1e-30)) + 7).clip(0, 7),  # 0: no item known
-              via=np.where(part.max(1) > 0, part.argmax(1) + 1, 0),
-              co=np.floor(np.log2(C.numpy()[hist[:, :1], cands] + 1)).clip(0, 7),
-              links=(T8 > 0).sum(1).clip(0, 3))
-    return {k: v.astype(np.uint8) for k, v in ev.items()}
+    return dict(pos=np.broadcast_to(np.arange(1, K + 1), cands.shape),
+                pop=np.log2(cnt[cands] + 1).clip(0, 7),
+                link=np.round(2 * octaves(scores / scores.max(1, keepdims=True).clip(1e-30)) + 7).clip(0, 7),  # 0: no item known
+                via=np.where(part.max(1) > 0, part.argmax(1) + 1, 0),
+                co=np.floor(np.log2(C.numpy()[hist[:, :1], cands] + 1)).clip(0, 7),
+                links=(T8 > 0).sum(1).clip(0, 3))
 
 
 def attribute_evidence(attr, hist, cands):
-    """Evidence that can be read off brands and category paths. -> dict of (N, 10) uint8."""
+    """Evidence that can be read off brands and category paths. -> dict of (N, 10)."""
     h, c = attr[hist][:, :, None], attr[cands][:, None]                                            # (N, 8|1, 1|10, 4)
     same = (h == c) & (hist >= 0)[:, :, None, None]                                                # (N, 8, 10, 4)
     known = c[:, 0, :, 0] > 0
     n_brand = same[..., 0].sum(1)
-    ev = dict(brand=np.where(known, 1 + 2 * n_brand.clip(0, 3) - (n_brand > 0) * (1 - same[:, 0, :, 0]), 0),
-              depth=same[:, 0, :, 1:].sum(-1),
-              leaf=same[..., 3].sum(1).clip(0, 3))
-    return {k: v.astype(np.uint8) for k, v in ev.items()}
+    return dict(brand=np.where(known, 1 + 2 * n_brand.clip(0, 3) - (n_brand > 0) * (1 - same[:, 0, :, 0]), 0),
+                depth=same[:, 0, :, 1:].sum(-1),
+                leaf=same[..., 3].sum(1).clip(0, 3))
 
 
 @dataclass
@@ -89,11 +81,12 @@ class Lists:
 def make_lists(counts, attr, hybrid, flat, start, user, end, cands, target):
     """Lists (N) of candidates (N, 10) after the first `end` items of users, whose items start at flat[start[user]], and the
     pre-ranker's scores of the candidates with these counts (N, 10). Items beyond the counts share the counts' last row."""
-    hist, last = gather_history(flat, start[user], end), len(counts.cnt) - 1
+    back, last = end[:, None] - 1 - np.arange(HIST), len(counts.cnt) - 1
+    hist = np.where(back >= 0, flat[start[user][:, None] + np.maximum(back, 0)], -1)
     known = [np.minimum(x, last) for x in (hist, cands)]
-    scores = prerank(counts.T, counts.cnt, np.minimum(flat, last), start[user], end, attr if hybrid else None, known[1])[1]
-    return Lists(user, hist, cands, target, {**link_evidence(counts.T, counts.C, counts.cnt, *known, scores),
-                                             **attribute_evidence(attr, hist, cands)}), scores
+    scores = prerank(counts.T, counts.cnt, np.minimum(flat, last), start[user], end, attr if hybrid else None, known[1])
+    evidence = link_evidence(counts.T, counts.C, counts.cnt, *known, scores) | attribute_evidence(attr, hist, cands)
+    return Lists(user, hist, cands, target, {name: v.astype(np.uint8) for name, v in evidence.items()}), scores
 
 
 def prepare(seqs, items, hybrid=False):
@@ -111,7 +104,7 @@ def prepare(seqs, items, hybrid=False):
 
     def find(counts, user, end, only_hits):
         """Candidates after the first `end` items of users: user, end, candidates, place of the target."""
-        cands = prerank(counts.T, counts.cnt, flat, start[user], end, attr if hybrid else None)[0]
+        cands = prerank(counts.T, counts.cnt, flat, start[user], end, attr if hybrid else None)
         hit = cands == flat[start[user] + end][:, None]
         keep = hit.any(1) if only_hits else np.ones(len(user), bool)
         return [x[keep] for x in (user, end, cands, np.where(hit.any(1), hit.argmax(1), -1))]
@@ -247,10 +240,8 @@ def beauty_words(items, n_labels):
 
 def first_seen(ids):
     """Ids (N, n), -1 = none, numbered by first appearance in their row: 0, 1, ...; -1 stays."""
-    n = ids.shape[1]
-    same = ids[:, :, None] == ids[:, None]  # (N, n, n)
-    first = same.argmax(2)  # where the id is seen first
-    new = (first == np.arange(n)) & (ids >= 0)
+    first = (ids[:, :, None] == ids[:, None]).argmax(2)  # (N, n), where the id is seen first
+    new = (first == np.arange(ids.shape[1])) & (ids >= 0)
     return np.where(ids >= 0, np.take_along_axis(new.cumsum(1) - 1, first, 1), -1)
 
 
@@ -269,9 +260,7 @@ def tokenize(lists, items, words, k, width):
     column = lambda token: np.full((N, 1), token, np.int16)
     label = np.broadcast_to(LABEL + np.arange(K), (N, K))
     evidence = {name: v[:, :K].astype(np.int64) for name, v in lists.evidence.items()}
-    said = {}
-    for name, fields in STATED.items():
-        said[name] = id_of[f"{name}:{','.join('0' * len(fields))}"] + number(evidence, fields)
+    said = {name: id_of[f"{name}:{','.join('0' * len(fields))}"] + number(evidence, fields) for name, fields in STATED.items()}
     copied = np.stack((said["link"], said["co"]), -1)
     candidates = np.concatenate((label[..., None], shown[:, HIST:], copied), -1)
     prompt = np.concatenate((column(HISTORY), shown[:, :HIST - 1].reshape(N, -1), column(LAST), shown[:, HIST - 1],
@@ -304,8 +293,11 @@ def beauty_world(cfg):
     key = checksum(CACHE, source, cfg.hybrid, cfg.n_candidates, cfg.n_labels, cfg.min_list, cfg.vary_lists, cfg.n_train, cfg.n_val,
                    cfg.n_test, items, [torch.from_numpy(s) for s in sequences])
     path = folder(cfg, "world.pt")
-    with first_process_first():
-        return read_world(cfg, path, key, source) or make_world(cfg, path, key, source, sequences, items, n_skipped)
+    world = read_world(cfg, path, key, source)
+    if not world and not RANK:
+        make_world(cfg, path, key, sequences, items, n_skipped)
+    gathered(None)  # the others wait until the first has written it
+    return world or read_world(cfg, path, key, source)
 
 
 def read_world(cfg, path, key, source):
@@ -318,8 +310,8 @@ def read_world(cfg, path, key, source):
     return World(saved["words"], cfg.n_labels, *splits, source, saved["notes"], {FRESH: saved["fresh"].numpy()}, nearest)
 
 
-def make_world(cfg, path, key, source, sequences, items, n_skipped):
-    """The World, prepared, and written to a file."""
+def make_world(cfg, path, key, sequences, items, n_skipped):
+    """Prepares the World and writes it to the file that read_world reads."""
     print("preparing Amazon Beauty: pre-ranker, evidence, ranking writer (about a minute, once) ...", file=sys.stderr)
     train, val, test, fresh = prepare(sequences, items, cfg.hybrid)
     nearest = rare(train)
@@ -334,17 +326,14 @@ def make_world(cfg, path, key, source, sequences, items, n_skipped):
     hit = (train.target >= 0) & (train.target < cfg.n_candidates)
     rows = np.concatenate((rng.permutation(np.flatnonzero(hit)), rng.permutation(np.flatnonzero(~hit))))[:cfg.n_train]
     rows = rng.permutation(rows)
-    fixed = lambda lists, n: (np.arange(min(n, len(lists.user))), np.full(min(n, len(lists.user)), cfg.n_candidates))
     notes = {"users": len(sequences), "skipped_users": n_skipped, "items": len(items), "train_examples": len(train.user),
              "train_hits": int(hit.sum()), "val_hits": len(val.user), "test_hits": len(test.user)}
     fresh = fresh[fresh < cfg.n_candidates].reshape(-1, cfg.n_candidates)
-    splits = {}
-    for name, lists, (rows, k) in (("train", train, (rows, list_lengths(len(rows), cfg, rng))),
-                                   ("val", val, fixed(val, cfg.n_val)), ("test", test, fixed(test, cfg.n_test))):
-        splits[name] = tokenize(lists.take(rows), items, words, k, cfg.n_candidates)
-    world = World(words, cfg.n_labels, *splits.values(), source, notes, {FRESH: fresh[:cfg.n_test]}, nearest)
-    saved = {n: [torch.from_numpy(getattr(s, f)) for f in s.__dataclass_fields__] for n, s in splits.items()}
-    saved |= {"key": key, "words": words, "notes": notes, "fresh": torch.from_numpy(world.references[FRESH]),
-              "nearest": [torch.from_numpy(x) for x in nearest.values()]}
+    saved = {"key": key, "words": words, "notes": notes, "fresh": torch.from_numpy(fresh[:cfg.n_test]),
+             "nearest": [torch.from_numpy(x) for x in nearest.values()]}
+    for name, lists, rows in (("train", train, rows), ("val", val, slice(cfg.n_val)), ("test", test, slice(cfg.n_test))):
+        lists = lists.take(rows)
+        k = list_lengths(len(rows), cfg, rng) if name == "train" else np.full(len(lists.user), cfg.n_candidates)
+        split = tokenize(lists, items, words, k, cfg.n_candidates)
+        saved[name] = [torch.from_numpy(getattr(split, f)) for f in split.__dataclass_fields__]
     save_tensors(path, saved)
-    return world

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import STAGES, UserError, folder, parse_args, settings_of, steps_of
+from config import STAGES, UserError, folder, parse_args, settings_of
 from data import LABEL, parse_answers, tensors
 from model import GPT
 from sampler import block_decode
@@ -82,16 +82,6 @@ def gathered(x):
     if RANKS > 1:
         dist.all_gather_object(out, x)
     return out
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The others enter when the first has left, and find what it has written."""
-    if RANK:
-        dist.barrier()
-    yield
-    if RANKS > 1 and not RANK:
-        dist.barrier()
 
 
 def of_my_own(gen):
@@ -292,7 +282,8 @@ class Run:
 
     def __init__(self, cfg, stage, model, world):
         self.cfg, self.stage, self.model, self.world = cfg, stage, model, world
-        self.lr, self.n_steps = getattr(cfg, f"{stage}_lr"), steps_of(cfg, stage)
+        self.lr, steps = getattr(cfg, f"{stage}_lr"), getattr(cfg, f"{stage}_steps")
+        self.n_steps = min(steps, cfg.max_steps or steps)
         decay = [p for p in model.parameters() if p.dim() == 2]
         rest = [p for p in model.parameters() if p.dim() != 2]
         self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay},
@@ -392,13 +383,12 @@ def valid_rate(tokens, split, rows):
 
 
 def decode_split(cfg, split, decoder, desc):
-    """Run decoder(prompt, rows) -> (tokens, forwards) over a split in batches: tokens (N, R) int64, forwards (N,)."""
+    """Run decoder(prompt, rows) -> tokens (n, R), R always the same, forwards (n,) over a split in batches: (N, R) int64, (N,)."""
     starts, found = range(0, len(split), cfg.eval_batch), {}
     for i in tqdm(starts[RANK::RANKS], desc=desc, leave=False, disable=RANK > 0):
         rows = range(i, min(len(split), i + cfg.eval_batch))
         tokens, forwards = decoder(tensors(split, rows, device_of(cfg))[0], rows)
         found[i] = tokens.cpu().numpy(), forwards.cpu().numpy()
     found = {i: part for of_rank in gathered(found) for i, part in of_rank.items()}
-    width = max(tokens.shape[1] for tokens, _ in found.values())
-    return (np.concatenate([np.pad(found[i][0], ((0, 0), (0, width - found[i][0].shape[1]))) for i in starts]),
-            np.concatenate([found[i][1] for i in starts]))
+    tokens, forwards = zip(*(found[i] for i in starts))
+    return np.concatenate(tokens), np.concatenate(forwards)

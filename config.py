@@ -86,7 +86,6 @@ class Config:
     opd_divergence: str = "forward"  # forward KL(T||S) | reverse KL(S||T) | jsd
     opd_beta: float = 0.5        # jsd: weight of the teacher in the mixture
     opd_anchor: float = 1.0      # weight of the CFT loss in the mix
-    opd_weight: float = 1.0      # weight of the divergence
     opd_tau: float = 0.7         # tau of the roll-outs
     opd_source: str = "student"  # whose text: the student's own decode | teacher (off-policy: its outputs, random masks)
     opd_states: str = "masked"   # tokens scored in a state: all masked there | committed there | next (leftmost masked)
@@ -172,20 +171,15 @@ def parse_args(doc, argv=None):
             if not argv:
                 raise UserError(f"--{name} needs a value, for example --{name} {fields[name].default}")
             value = argv.pop(0)
-        given[name] = _convert(name, fields[name].type, value)
+        kind = fields[name].type
+        try:
+            given[name] = {"true": True, "1": True, "false": False, "0": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise UserError(f"--{name} must be {'true or false' if kind is bool else 'of type ' + kind.__name__}, not '{value}'")
     preset = given.get("config", "toy")
     if preset not in PRESETS:
         raise UserError(f"unknown config '{preset}': choose one of {', '.join(PRESETS)}")
     return check(Config(**{**PRESETS[preset], **given}))
-
-
-def _convert(name, kind, value):
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return kind(value)
-    except (KeyError, ValueError):
-        raise UserError(f"--{name} must be {'true or false' if kind is bool else 'of type ' + kind.__name__}, not '{value}'")
 
 
 def check(cfg):
@@ -225,12 +219,6 @@ def settings_of(cfg, stage):
     later = STAGES[STAGES.index(stage) + 1:] + ("eval",)
     later = tuple(s + "_" for s in later) + (("block_size",) if stage == "ar" else ())
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in RUNTIME and not k.startswith(later)}
-
-
-def steps_of(cfg, stage):
-    """Number of updates of a stage."""
-    steps = getattr(cfg, f"{stage}_steps")
-    return min(steps, cfg.max_steps) if cfg.max_steps else steps
 
 
 def folder(cfg, *parts):

@@ -116,19 +116,16 @@ def parse_answers(tokens, incoming):
     tokens, width = np.asarray(tokens), incoming.shape[1]
     R, k = tokens.shape[1], (incoming >= 0).sum(1)
     place = np.argsort(np.where(incoming >= 0, incoming, np.arange(width)), axis=1)  # (N, K) of each label in the incoming order
-    at = np.arange(R)
-    started = np.cumsum(tokens == ANSWER, axis=1) > 0
-    start = np.where(started.any(1), started.argmax(1), (tokens != PAD).sum(1))
-    ended = tokens == EOS
-    end = np.where(ended.any(1), ended.argmax(1), (tokens != PAD).sum(1))
+    at, ended = np.arange(R), tokens == EOS
+    first_of = lambda hit: np.where(hit.any(1), hit.argmax(1), (tokens != PAD).sum(1))
+    start, end = first_of(tokens == ANSWER), first_of(ended)
     inside = (at > start[:, None]) & (at < end[:, None])
     position = tokens - LABEL
     is_label = inside & (position >= 0) & (position < k[:, None])
     hit = is_label[:, :, None] & (position[:, :, None] == np.arange(width))  # (N, R, K)
     times = hit.sum(1)  # (N, K)
     listed = np.arange(width) < k[:, None]
-    first = np.where(times > 0, hit.argmax(1), R + place)  # missing labels sort behind, in pre-ranked order
-    first = np.where(listed, first, 10 ** 6)
+    first = np.where(times > 0, hit.argmax(1), R + place)  # missing labels sort behind, in pre-ranked order; then those of no candidate
     order = np.where(listed, np.argsort(first, axis=1, kind="stable"), -1)
     duplicated, dropped = (times > 1).any(1), ((times == 0) & listed).any(1)
     out_of_set = (inside & ~is_label).any(1)

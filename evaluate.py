@@ -59,9 +59,8 @@ def paired_bootstrap(a, b):
 def score(world, split, tokens, forwards=None):
     """Everything that is measured on responses (N, R) to the rows of a split: {name: (N,) array}."""
     answers = parse_answers(tokens, split.incoming)
-    rank = (answers.order == split.target[:, None]).argmax(1)
-    served = ranking_metrics(rank)
-    out = {f"served {m}": v for m, v in served.items()} | {f"strict {m}": v * answers.valid for m, v in served.items()}
+    out = score_order(split, answers.order)
+    out |= {f"strict {m}": out[f"served {m}"] * answers.valid for m in METRICS}
     for name in ("valid", "duplicated", "dropped", "out_of_set", "identity", "trace_tokens"):
         out[name] = getattr(answers, name).astype(float)
     if split.trace.shape[1]:  # else nothing is claimed
@@ -79,38 +78,34 @@ def score_order(split, order):
             {"valid": np.ones(len(rank)), "identity": (order == split.incoming).all(1).astype(float)})
 
 
-def constrain_answer(world, split):
+def constrain_answer(world, split, device):
     """Constrained decoding, a reference row only: forces the response's layout and a permutation of the labels.
 
     Behind the rule's trace length stands <answer>, then k labels, then [EOS]; open answer slots are assigned labels
     greedily, the surest first, a label that is used or assigned being closed to all other slots.
     """
-    trace_len = torch.from_numpy((split.trace != PAD).sum(1))
-    k = torch.from_numpy(split.k.astype(np.int64))
+    starts = torch.from_numpy((split.trace != PAD).sum(1) + 1).to(device)[:, None]  # (N, 1) first answer slot
+    lengths, word = torch.from_numpy(split.k).to(device)[:, None], torch.arange(len(world.words), device=device)
+    labels = word[LABEL:LABEL + world.n_labels]
 
-    def constrain(logits, response, slots, rows, first):
-        start = (trace_len[first + rows.cpu()].to(logits.device) + 1)[:, None]  # (n, 1) first answer slot
-        length = k[first + rows.cpu()].to(logits.device)[:, None]
+    def constrain(logits, response, slots, rows):
+        start, length = starts[rows], lengths[rows]  # (n, 1)
         for token, at in ((ANSWER, start - 1), (EOS, start + length)):
-            logits = logits.masked_fill((slots == at)[..., None] != (torch.arange(logits.shape[-1], device=logits.device) == token), -1e4)
-        inside = (slots >= start) & (slots < start + length)  # (n, B)
-        labels = LABEL + torch.arange(world.n_labels, device=logits.device)
-        position = torch.arange(response.shape[1], device=logits.device)
-        written = ((response[:, :, None] == labels) & ((position >= start) & (position < start + length))[..., None]).any(1)
-        closed = written | (labels - LABEL >= length)  # (n, n_labels)
-        table = logits[..., LABEL:LABEL + world.n_labels].masked_fill(closed[:, None], -1e4)
-        table = table.masked_fill(~(inside & (response.gather(1, slots) < EOS))[..., None], -1e4)
-        p, forced, n = table.softmax(-1) * (table > -1e3), torch.zeros_like(table, dtype=torch.bool), len(table)
+            logits = logits.masked_fill((slots == at)[..., None] != (word == token), -1e4)
+        inside = lambda slot: (slot >= start) & (slot < start + length)
+        answer = torch.where(inside(torch.arange(response.shape[1], device=device)), response, PAD)  # (n, R)
+        closed = (answer[..., None] == labels).any(1) | (labels - LABEL >= length)  # (n, n_labels)
+        free = (inside(slots) & (response.gather(1, slots) < EOS))[..., None] & ~closed[:, None]  # (n, B, n_labels)
+        p = logits[..., LABEL:LABEL + world.n_labels].masked_fill(~free, -1e4).softmax(-1) * free
+        forced = torch.zeros_like(logits, dtype=torch.bool)
         for _ in range(int(length.max())):
             best, at = p.flatten(1).max(1)
-            slot, label = at // world.n_labels, at % world.n_labels
-            r = torch.arange(n, device=logits.device)[best > 0]
-            forced[r, slot[r], label[r]] = True
-            p[r, slot[r]] = 0
-            p[r, :, label[r]] = 0
-        other = torch.ones_like(logits, dtype=torch.bool)
-        other[..., LABEL:LABEL + world.n_labels] = ~forced
-        return torch.where(forced.any(-1, keepdim=True) & other, -1e4, logits)
+            r = (best > 0).nonzero()[:, 0]
+            slot, label = at[r] // world.n_labels, at[r] % world.n_labels
+            forced[r, slot, LABEL + label] = True
+            p[r, slot] = 0
+            p[r, :, label] = 0
+        return torch.where(forced.any(-1, keepdim=True) & ~forced, -1e4, logits)
 
     return constrain
 
@@ -119,11 +114,10 @@ def stage_decoder(cfg, world, model, stage, tau):
     """The decoder of a stage as decode_split wants it: plain AR for the teacher, block diffusion for the others."""
     if stage == "ar":
         return lambda prompt, rows: ar_decode(model, prompt, world.max_response)[::2]  # tokens, forwards
-    constrain = constrain_answer(world, world.test) if stage == "constrained" else None
 
     def decoder(prompt, rows):
-        hook = constrain and functools.partial(constrain, first=rows[0])
-        decoded = serve(cfg, model, prompt, world.max_response, tau=tau, constrain=hook)
+        constrain = constrain_answer(world, world.test.take(rows), prompt.device) if stage == "constrained" else None
+        decoded = serve(cfg, model, prompt, world.max_response, tau=tau, constrain=constrain)
         return decoded.tokens, decoded.forwards
     return decoder
 
@@ -219,7 +213,7 @@ def evaluate_seed(cfg, world, seed, known):
     known: the rows of AR and naive, where another seed with the same teacher has them."""
     cfg = dataclasses.replace(cfg, seed=seed)
     n_curve = min(cfg.eval_curve_users, len(world.test))
-    curve = [float(t) for t in cfg.eval_taus.split(",")]
+    curve = [t for t in map(float, cfg.eval_taus.split(",")) if t != cfg.tau]
     finished = finished_stages(cfg, world)
     models, seconds = {s: model for s, (model, _) in finished.items()}, {s: state["seconds"] for s, (_, state) in finished.items()}
     last = list(models)[-1]
@@ -247,8 +241,7 @@ def evaluate_seed(cfg, world, seed, known):
         if stage in models and not (known and stage in ("ar", "naive")):
             add(stage, None if stage == "ar" else cfg.tau, len(world.test), True)
             for tau in curve if stage not in ("ar", "constrained") else ():  # tau 1 is the slow end: naive's best chance
-                if tau != cfg.tau:
-                    add(stage, tau, n_curve, False)
+                add(stage, tau, n_curve, False)
     return out, models
 
 

@@ -19,9 +19,8 @@ class KVCache:
     def __init__(self, model, n_rows, n_slots):
         ref = model.embed.weight
         shape = (len(model.blocks), n_rows, n_slots, ref.shape[1])
-        self.k, self.v = ref.new_empty(shape), ref.new_empty(shape)
-        self.k.zero_(), self.v.zero_()  # slots not yet written are masked, but 0 * NaN would still be NaN
-        self.rows = None
+        self.k, self.v = ref.new_zeros(shape), ref.new_zeros(shape)  # slots not yet written are masked, but 0 * NaN would still be NaN
+        self.rows = slice(None)
 
     def of(self, rows):
         """The same cache for a forward over some of its rows (M,) only."""
@@ -30,20 +29,18 @@ class KVCache:
         return view
 
     def write(self, layer, k, v, slots):
-        """Store k, v (N, T, d) at `slots`: a slice, the same for all rows (cheap), or (N, T) indices, each row its own."""
+        """Store k, v (N, T, d) at `slots`: a slice, the same for all rows (cheap), or, in a forward over all rows, (N, T) indices, each row its own."""
         if isinstance(slots, slice):
-            rows = slice(None) if self.rows is None else self.rows
-            self.k[layer][rows, slots], self.v[layer][rows, slots] = k, v
+            self.k[layer][self.rows, slots], self.v[layer][self.rows, slots] = k, v
         else:
-            rows = torch.arange(len(slots), device=slots.device) if self.rows is None else self.rows
+            rows = torch.arange(len(slots), device=slots.device)
             flat = (slots + rows[:, None] * self.k.shape[2]).flatten()
             self.k[layer].view(-1, k.shape[-1]).index_copy_(0, flat, k.flatten(0, 1))
             self.v[layer].view(-1, v.shape[-1]).index_copy_(0, flat, v.flatten(0, 1))
 
     def read(self, layer, n_keys):
         """Keys and values (N, n_keys, d) of the first slots: a view, or a copy where the forward has some of the rows only."""
-        rows = slice(None) if self.rows is None else self.rows
-        return self.k[layer][rows, :n_keys], self.v[layer][rows, :n_keys]
+        return self.k[layer][self.rows, :n_keys], self.v[layer][self.rows, :n_keys]
 
 
 def rotate(x, cos, sin):

@@ -41,10 +41,9 @@ def attributes(items):
 def prerank(T, cnt, flat, start, end, attr=None, among=None):
     """Top K next items after flat[start : start + end] for N examples.
     score(j) = sum_{k=1..50} k^-1.5 (cnt[h_-k] + 10)^-0.3 T[h_-k, j], seen items excluded.
-    T (I, I); cnt (I,); start, end (N,); attr: attributes(), for the hybrid -> items (N, K), scores (N, K).
-    among (N, K): the scores of these items instead, as they stand."""
-    cands, scores = [], []
-    spread = (cnt + 10.0) ** -0.3
+    T (I, I); cnt (I,); start, end (N,); attr: attributes(), for the hybrid -> items (N, K).
+    among (N, K): the scores (N, K) of these items instead, as they stand."""
+    found, spread = [], (cnt + 10.0) ** -0.3
     for a in range(0, max(1, len(end)), 1000):
         s, n = start[a:a + 1000], end[a:a + 1000]
         row, offset = np.repeat(np.arange(len(n)), n), np.cumsum(n) - n
@@ -65,13 +64,13 @@ def prerank(T, cnt, flat, start, end, attr=None, among=None):
         S[row, h] = -1
         S += torch.from_numpy(cnt * 1e-12).float()             # without any link: by popularity
         if among is not None:
-            cands.append(among[a:a + 1000]); scores.append(S.numpy()[np.arange(len(n))[:, None], cands[-1]])
+            found.append(np.take_along_axis(S.numpy(), among[a:a + 1000], 1))
             continue
         top, idx = (x.numpy() for x in S.topk(4 * K))
         tie = np.round(np.log2(np.maximum(top, 1e-9)) * 4096)  # scores equal up to rounding are ties ...
         order = np.lexsort((idx, -cnt[idx], -tie))[:, :K]      # ... broken by popularity, then by permuted id
-        cands.append(np.take_along_axis(idx, order, 1)); scores.append(np.take_along_axis(top, order, 1))
-    return np.concatenate(cands), np.concatenate(scores)
+        found.append(np.take_along_axis(idx, order, 1))
+    return np.concatenate(found)
 
 
 class Counts:

@@ -159,7 +159,7 @@ class BlockState:
 
 @torch.no_grad()
 def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, temperature=0.0, generator=None,
-                 fuse=True, constrain=None, prefix=None, clash=0.4, labels=None):
+                 constrain=None, prefix=None, clash=0.4, labels=None):
     """Block-diffusion decoding with a KV cache.
 
     Every forward feeds one window of the sequence: the block being denoised, preceded, in its first step, by the block before
@@ -170,14 +170,13 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
     going on at once, and at 64 far more.
 
     prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash, labels: see `choose`;
-    fuse=False spends a forward of its own on the store (a reference, same tokens); constrain, optional, is a function
-    (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained decoder; prefix (N, L), whole
-    blocks, is a response's given beginning. Returns Decoded. A greedy row does not depend on the other rows of its batch,
+    constrain, optional, is a function (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained
+    decoder; prefix (N, L), whole blocks, is a response's given beginning. Returns Decoded. A greedy row does not depend on the other rows of its batch,
     up to float round-off.
     """
     B = block_size
     R = math.ceil(max_len / B) * B
-    if prompt.is_cuda and fuse and constrain is None and prefix is None:
+    if prompt.is_cuda and constrain is None and prefix is None:
         return graph_block_decode(model, prompt, R, B, rule, tau, temperature, generator, clash, labels)
     s = BlockState(model, prompt, R, B, prefix)
     n_clean = s.P + s.given  # the first forward reads the prompts
@@ -189,16 +188,11 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
         positions, mask = s.view(s.slot[None, start:end], end)
         while len(left):
             some = slice(None) if len(left) == len(s.rows) else left
-            block = lambda: s.forward(some, slice(end - B, end), positions[:, -B:], mask[:, :, -B:])
-            if step > 0:
-                hidden = block()
-                hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)  # slot 0 is committed: what it gets is unused
-            elif fuse:
+            if step == 0:
                 hidden = s.forward(some, slice(start, end), positions, mask)[:, :-1]
             else:
-                stored = s.forward(some, slice(start, end - B), positions[:, :-B], mask[:, :, :-B, :-B])[:, -1:]
-                s.forwards[some] += 1
-                hidden = torch.cat((stored, block()[:, :-1]), dim=1)
+                hidden = s.forward(some, slice(end - B, end), positions[:, -B:], mask[:, :, -B:])
+                hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)  # slot 0 is committed: what it gets is unused
             bound = constrain and (lambda logits: constrain(logits, s.response[some], (begin + s.lane).expand(len(left), B), left))
             tokens = s.commit((some, slice(begin, begin + B)), hidden, open_, step, rule, tau, clash, labels, temperature, generator,
                               bound)

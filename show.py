@@ -26,8 +26,7 @@ def show(cfg, world):
         show_user(world, split.prompt[n], split.trace[n], tokens[n], step[n], int(split.k[n]))
         rank = lambda order: order.tolist().index(split.target[n]) + 1
         truth = split.target[n]
-        print(f"\n  true next item  {world.words[LABEL + truth]}: place {rank(split.incoming[n])} in the incoming list, {rank(answers.order[n])} now"
-              if truth >= 0 else "\n  true next item  not in the list")
+        print(f"\n  true next item  {world.words[LABEL + truth]}: place {rank(split.incoming[n])} in the incoming list, {rank(answers.order[n])} now")
 
 
 def paint(word, step):

@@ -126,13 +126,11 @@ def behind_a_wrong_label(tokens, n_labels):
 
 
 def update(cfg, world, student, teacher, outputs, prompt, decoded, gen, own, run):
-    """One step on opd_weight * D + opd_anchor * CFT loss."""
+    """One step on D + opd_anchor * CFT loss."""
     with half(cfg, prompt.device):
         distance = opd_loss(cfg, student, teacher, prompt, decoded, own, world.n_labels)
-    loss = cfg.opd_weight * distance
-    if cfg.opd_anchor:
-        loss = loss + cfg.opd_anchor * cft_loss(cfg, world, student, outputs, gen)
-    return run.update(loss) | {"divergence": total(distance).item()}
+    anchor = cfg.opd_anchor * cft_loss(cfg, world, student, outputs, gen) if cfg.opd_anchor else 0.0
+    return run.update(distance + anchor) | {"divergence": total(distance).item()}
 
 
 def main(cfg):

@@ -33,7 +33,7 @@ def many_lists(cfg, world):
     sequences, items, *_ = read_beauty(cfg.data_dir)
     counts, end = Counts(sequences, len(items), 2), np.array([len(s) - 2 for s in sequences])
     histories = [s[:-2] for s in sequences]
-    candidates, _ = prerank(counts.T, counts.cnt, np.concatenate(histories), np.cumsum(end) - end, end, attributes(items) if cfg.hybrid else None)
+    candidates = prerank(counts.T, counts.cnt, np.concatenate(histories), np.cumsum(end) - end, end, attributes(items) if cfg.hybrid else None)
     _, examples = rerank.beauty(cfg, world)
     return examples([h.tolist() for h in histories], candidates.tolist())
 

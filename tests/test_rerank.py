@@ -10,7 +10,7 @@ import common
 import rerank
 import validity
 from beauty import prepare
-from config import STAGES, parse_args, steps_of
+from config import STAGES, parse_args
 from amazon import read_beauty
 from data import CANDIDATES, LABEL, load_world
 from make_beauty import make_beauty
@@ -40,7 +40,7 @@ def finish(cfg, world, stage):
         for p in run.model.parameters():  # see conftest.tiny_gpt
             p.normal_(std=0.5 if p.dim() == 2 else 1.0)
         run.model.embed.weight[EOS] *= 2  # so that responses have many lengths
-    run._save(steps_of(cfg, stage))
+    run._save(run.n_steps)
 
 
 def rerank_lines(monkeypatch, capsys, options, *lines):
