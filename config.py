@@ -74,7 +74,6 @@ class Config:
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
     cft_answer_states: int = 2   # extra noise draws of the answer's blocks in every step: the answer is the hard part
-    cft_unsure: bool = False     # these hide what the model is least sure of, like the sampler's own states; else random slots
     cft_misplace: float = 0.5    # share of training answers that show labels in wrong places
     cft_penalty: float = 0.0     # weight of -log(1 - P(labels that the answer shows already))
     cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
@@ -130,7 +129,7 @@ PRESETS = {
         d_model=128, batch_size=32, warmup=100, tau=0.4, clash=0.1, eval_curve_users=300, eval_taus="0.2,0.7,0.9,1.0",
         ar_steps=12000, ar_lr=2e-3,
         cft_steps=5000, cft_lr=1e-3, cft_prompts=131413, cft_gold=True, cft_noise="uniform", cft_answer_states=3,
-        cft_unsure=True, cft_misplace=0.9, cft_penalty=10.0,
+        cft_misplace=0.9, cft_penalty=10.0,
         opd_steps=100, opd_lr=2e-4, opd_divergence="jsd",
         rl_steps=200, rl_prompts=8),
     "full": dict(
@@ -138,7 +137,7 @@ PRESETS = {
         n_layer=8, n_head=8, d_model=512, batch_size=128, warmup=200, compile=True, tau=0.98, clash=0.1,
         eval_batch=512, eval_curve_users=1000, eval_taus="0.9,0.95,1.0",
         ar_steps=4000, ar_lr=8e-4,
-        cft_steps=1200, cft_lr=4e-4, cft_prompts=20000, cft_unsure=True,
+        cft_steps=1200, cft_lr=4e-4, cft_prompts=20000,
         opd_steps=60, opd_lr=2e-4, opd_divergence="jsd",
         rl_steps=60, rl_lr=1e-4, rl_prompts=16),
 }

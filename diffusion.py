@@ -13,8 +13,6 @@ import torch.nn.functional as F
 
 from model import EOS, MASK, PAD, pad_left
 
-CONFIDENCE_NOISE = 0.1  # see unsure_first
-
 
 def full_precision(logits):
     """Logits that autocast made in bfloat16 as float32, others as they are: softmax needs the digits."""
@@ -93,12 +91,11 @@ def fill_last_block(response, block_size):
     return torch.where(real & (response == PAD), EOS, response), real
 
 
-def draw_noise(n_segments, block_size, kind, first_step, generator, device=None, score=None):
+def draw_noise(n_segments, block_size, kind, first_step, generator, device=None):
     """Noise for blocks: masks (n_segments, S, B), True = [MASK], and loss weights of masked slots, the same shape.
 
     Slots 1..B-1 of a block are masked with probability t, one t a block, stratified over the blocks of the batch
-    (the k-th of n strata of (0, 1]); slot 0 is known from the clean stream and is shown clean. score (n_segments, B): in [0, 1),
-    the slots below t are masked; default: drawn for every slot on its own.
+    (the k-th of n strata of (0, 1]); slot 0 is known from the clean stream and is shown clean.
         uniform        S = 1, t ~ U(0, 1],   weight 1/t: the exact bound (MDLM, arXiv 2406.07524, eq. 10)
         clipped        S = 1, t ~ U[.3, .8], weight 1/t: lower variance, biased (BD3-LM, sec. 5.2)
         complementary  S = 2, the second masks what the first shows: every token is masked exactly once a pair,
@@ -113,7 +110,7 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None,
     t = 1 - (strata + rand(n)) / n  # (0, 1]
     if kind == "clipped":
         t = 0.3 + 0.5 * t
-    masked = (rand(n, B) if score is None else score) < t[:, None]
+    masked = rand(n, B) < t[:, None]
     masked[:, 0] = False
     all_masked = rand(n, 1) < first_step
     first = torch.arange(B, device=device) == 0
@@ -125,30 +122,23 @@ def draw_noise(n_segments, block_size, kind, first_step, generator, device=None,
     return masked[:, None], weight[:, None]
 
 
-def draw_states(model, prompt, shown, block_size, kind, first_step, generator, extra=None, unsure=False, rows=slice(None)):
-    """The states in which a training forward shows the blocks of responses `shown` (N, R): every block once, those named in `extra`
+def draw_states(response, block_size, kind, first_step, generator, extra=None):
+    """The states in which a training forward shows the blocks of responses (N, R): every block once, those named in `extra`
     (N, E) once more for each time, all twice where kind is "complementary" (draw_noise).
 
-    unsure: the states of `extra` hide what the model is unsure of (unsure_first), found for the rows of the batch that are asked for.
     Returns block (N, M), which block a segment shows; masked (N, M, B); share (N, M, B), the weight of a slot's loss: states of the
     same block share its weight, so that their mean takes the place of a single draw.
     """
-    every = every_block(shown, block_size)
-    block = every if extra is None else torch.cat((every, extra), dim=1)
+    block = every_block(response, block_size)
+    block = block if extra is None else torch.cat((block, extra), dim=1)
     (N, M), B = block.shape, block_size
-    score = None
-    if unsure and M > every.shape[1] and B > 1:  # at B = 1 nothing is masked
-        again = slice(every.shape[1], None)
-        score = torch.rand(N, M, B, generator=generator).to(shown.device)
-        score[rows, again] = unsure_first(model, prompt[rows], shown[rows], block[rows, again], score[rows, again])
-        score = score.flatten(0, 1)
-    masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, shown.device, score))
+    masks, share = (x.view(N, M, -1, B) for x in draw_noise(N * M, B, kind, first_step, generator, response.device))
     share = share / (block[:, :, None] == block[:, None]).sum(2)[..., None, None]  # how often the same block is there
     return block.repeat_interleave(masks.shape[2], 1), masks.flatten(1, 2), share.flatten(1, 2)
 
 
 def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_step=0.0, generator=None, weight=None,
-                   extra=None, unsure=False, source=None, once=None, rows=slice(None)):
+                   extra=None, source=None, once=None, rows=slice(None)):
     """Masked-diffusion loss with the token shift, a scalar in nats per token.
 
     -log p(y) <= sum over blocks of  -log p(first token | clean past)
@@ -158,7 +148,7 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
 
     prompt (N, P) left-padded; response (N, R) right-padded with [PAD] after [EOS]; kind, first_step: the noise, see draw_noise;
     weight (N, R): loss weight of each token (default 1), the normaliser being the sum of the weights
-    extra (N, E), unsure: more states of some blocks, see draw_states; with unsure the value is no estimate of the bound
+    extra (N, E): more states of some blocks, see draw_states
     source (N, R): the slot whose token each slot shows (a permutation; default: its own). Then y is still what the model must say,
         but what it sees differs, and masked slots must become what is left (what_is_left)
     once (N, R): in a ranking, whose tokens must differ, the weight of the penalty taken_nats where they are masked; elsewhere 0
@@ -174,7 +164,7 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     source = slot if source is None else torch.where(slot < R, wide(source, 0), slot)
     shown = response.gather(1, source)
 
-    block, masked, share = draw_states(model, prompt, shown, B, kind, first_step, generator, extra, unsure, rows)
+    block, masked, share = draw_states(shown, B, kind, first_step, generator, extra)
     of_block = lambda x: take_blocks(x, block, B)  # (N, R) -> (N, M, B)
     share = share * of_block(weight)
     masked = masked & of_block(real)
@@ -203,19 +193,6 @@ def taken_nats(logits, taken):
     rest of the mass is on a worse label or on one that the answer shows already; only the second makes the answer invalid.
     """
     return -torch.log1p(-(logits.softmax(-1) * taken).sum(-1).clamp(max=1 - 1e-6))
-
-
-@torch.no_grad()
-def unsure_first(model, prompt, clean, block, score):
-    """Noise like the sampler's, which writes first what is sure: scores (N, E, B) for draw_noise that grow with the model's
-    confidence in the first state of the blocks, all [MASK]. Slots whose confidence is equal up to CONFIDENCE_NOISE are in the order of
-    the given random scores. prompt (N, P), clean (N, R), block (N, E)."""
-    B = score.shape[-1]
-    first_state = torch.full((*block.shape, B), MASK, device=block.device)
-    confidence = full_precision(model.logits(segment_hidden(model, prompt, clean, first_state, block))).softmax(-1).amax(-1)
-    confidence[..., 0] = 2  # slot 0 is never masked: the ranks below are the others'
-    rank = (confidence + CONFIDENCE_NOISE * score).argsort(-1).argsort(-1)  # (N, E, B)
-    return (rank + score) / (B - 1)
 
 
 def still_open(block, masked, R):

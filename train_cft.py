@@ -66,7 +66,7 @@ def cft_loss(cfg, world, model, outputs, gen):
     with half(cfg, device):
         return diffusion_loss(model, prompt, response, cfg.block_size, cfg.cft_noise, cfg.cft_first_step, gen,
                               token_weights(response, cfg.answer_weight),
-                              answer_blocks(response, cfg.block_size, cfg.cft_answer_states), cfg.cft_unsure,
+                              answer_blocks(response, cfg.block_size, cfg.cft_answer_states),
                               misplaced(response, cfg.cft_misplace, gen), cfg.cft_penalty * answer_labels(response),
                               mine(cfg.batch_size))
 

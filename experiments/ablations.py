@@ -37,7 +37,6 @@ LINES = {
         "answer weight 1": dict(answer_weight=1.0),
         "answer weight 16": dict(answer_weight=16.0),
         "no extra answer states": dict(cft_answer_states=0),
-        "extra answer states that hide what is unsure": dict(cft_unsure=True),
         "a price on labels that are taken": dict(cft_penalty=10.0),
         "half as long": dict(cft_steps=0.5),
         "twice as long": dict(cft_steps=2.0),

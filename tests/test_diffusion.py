@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import VOCAB, close, left_padded, stream_hidden, tiny_gpt, words
-from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, tokens_shown, unsure_first, what_is_left
+from diffusion import decode_states, diffusion_loss, draw_noise, fill_last_block, replay_logp, segment_hidden, segment_mask, tokens_shown, what_is_left
 from model import EOS, MASK, PAD, RECORDED, ar_decode, causal_hidden, graph_ar_decode
 from sampler import NEVER, block_decode, choose, graph_block_decode
 
@@ -655,33 +655,9 @@ def test_at_block_size_one_the_loss_is_the_autoregressive_one(kind, first_step):
 
 
 @torch.no_grad()
-def test_states_that_hide_what_is_unsure_hide_the_least_sure_slots(monkeypatch):
-    """Without noise on the confidence, the masked slots of a state are those that the sampler's first step is least sure of; with it,
-    slots that are nearly as sure change places."""
-    model, prompt, B = tiny_gpt(), left_padded(LENGTHS), 4
-    clean = words(len(LENGTHS), 8, seed=1).clamp(min=EOS)
-    block = torch.tensor([[0, 1, 1]]).expand(len(LENGTHS), -1)
-    score = torch.rand(len(LENGTHS), 3, B, generator=gen(), dtype=torch.float64)
-    first_state = lambda p, r, b: plain_hidden(model, p[p != PAD], torch.cat((r[:b * B], torch.full((B,), MASK))), B)[-B:]
-    confidence = [[model.logits(first_state(p, r, b)).softmax(-1).amax(-1) for b in row] for p, r, row in zip(prompt, clean, block.tolist())]
-    monkeypatch.setattr("diffusion.CONFIDENCE_NOISE", 0)
-    found = unsure_first(model, prompt, clean, block, score)
-    assert found.shape == score.shape and (found[..., 0] > 1 - 1e-9).all() and (found[..., 1:] >= 0).all() and (found[..., 1:] < 1).all()
-    for n, row in enumerate(confidence):
-        for m, c in enumerate(row):
-            assert found[n, m, 1:].argsort().tolist() == c[1:].argsort().tolist()
-    monkeypatch.setattr("diffusion.CONFIDENCE_NOISE", 1e6)
-    assert torch.equal(unsure_first(model, prompt, clean, block, score)[..., 1:].argsort(-1), score[..., 1:].argsort(-1))
-    masks, _ = draw_noise(len(LENGTHS) * 3, B, "complementary", 0.0, gen(), score=found.flatten(0, 1))
-    for mask, s in zip(masks[:, 0], found.flatten(0, 1)):
-        assert not mask.any() or s[mask].max() < s[~mask].min()
-
-
-@torch.no_grad()
-def test_parts_of_a_batch_find_their_own_unsure_slots():
-    """What several processes do: the losses of the parts add up to the loss of the whole, and differ from random slots'."""
+def test_the_losses_of_parts_of_a_batch_add_up_to_its_own():
+    """What several processes do."""
     model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 9, seed=1)
     extra = torch.tensor([[1, 2, 2]]).expand(len(LENGTHS), -1)
-    loss = lambda unsure, rows=slice(None): diffusion_loss(model, prompt, response, 4, "complementary", 0.3, gen(), extra=extra, unsure=unsure, rows=rows)
-    close(loss(True), loss(True, slice(0, 2)) + loss(True, slice(2, None)), atol=1e-9)
-    assert abs(loss(True) - loss(False)) > 1e-3
+    loss = lambda rows=slice(None): diffusion_loss(model, prompt, response, 4, "complementary", 0.3, gen(), extra=extra, rows=rows)
+    close(loss(), loss(slice(0, 2)) + loss(slice(2, None)), atol=1e-9)

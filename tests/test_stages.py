@@ -69,10 +69,10 @@ def test_cft_trains_every_teacher_output_behind_its_own_prompt(monkeypatch):
     world, seen = toy_world(CFG), []
     outputs = words(40, 6)  # of the first 40 training prompts
 
-    def loss(model, prompt, response, block_size, kind, first_step, generator, weight, extra, unsure, source, once, rows):
+    def loss(model, prompt, response, block_size, kind, first_step, generator, weight, extra, source, once, rows):
         rows = [int((outputs == r).all(1).nonzero()[0]) for r in response]
         assert torch.equal(prompt, tensors(world.train, rows, "cpu")[0]) and torch.equal(weight, token_weights(response, 4.0))
-        assert (block_size, kind, first_step, unsure) == (16, "complementary", 0.3, False)
+        assert (block_size, kind, first_step) == (16, "complementary", 0.3)
         assert torch.equal(extra, train_cft.answer_blocks(response, 16, 2))
         assert torch.equal(once, 3.0 * answer_labels(response))
         assert torch.equal(source.sort(1).values, torch.arange(6).expand(len(rows), -1))
