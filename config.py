@@ -69,15 +69,15 @@ class Config:
     tau: float = 0.5             # a slot is committed when its confidence exceeds this (steps: steps a block); may be turned after training
 
     # CFT: conversion fine-tuning
-    cft_steps: int = 1700
+    cft_steps: int = 3400
     cft_lr: float = 1e-3
     cft_noise: str = "complementary"  # complementary (each token masked once a pair) | uniform (1/t) | clipped (t in [.3, .8])
     cft_first_step: float = 0.3  # share of blocks shown as the sampler's first step: all [MASK], first slot included
     cft_answer_states: int = 2   # extra noise draws of the answer's blocks in every step: the answer is the hard part
     cft_misplace: float = 0.5    # share of training answers that show labels in wrong places
     cft_penalty: float = 0.0     # weight of -log(1 - P(labels that the answer shows already))
-    cft_gold: bool = False       # train on the reference orders instead of the teacher's own outputs
-    cft_prompts: int = 10000     # training prompts that the teacher answers, once, before CFT
+    cft_gold: bool = True        # train on the reference orders; else on the teacher's own outputs
+    cft_prompts: int = 1000000   # training prompts used, at most (without cft_gold the teacher answers them first, once)
 
     # OPD: on-policy distillation
     opd_steps: int = 100
@@ -128,8 +128,7 @@ PRESETS = {
         world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413, n_val=2500, n_test=10 ** 6,
         d_model=128, batch_size=32, warmup=100, tau=0.4, clash=0.1, eval_curve_users=300, eval_taus="0.2,0.7,0.9,1.0",
         ar_steps=12000, ar_lr=2e-3,
-        cft_steps=5000, cft_lr=1e-3, cft_prompts=131413, cft_gold=True, cft_noise="uniform", cft_answer_states=3,
-        cft_misplace=0.9, cft_penalty=10.0,
+        cft_steps=5000, cft_lr=1e-3, cft_noise="uniform", cft_answer_states=3, cft_misplace=0.9, cft_penalty=10.0,
         opd_steps=100, opd_lr=2e-4, opd_divergence="jsd",
         rl_steps=200, rl_prompts=8),
     "full": dict(
@@ -137,7 +136,7 @@ PRESETS = {
         n_layer=8, n_head=8, d_model=512, batch_size=128, warmup=200, compile=True, tau=0.98, clash=0.1,
         eval_batch=512, eval_curve_users=1000, eval_taus="0.9,0.95,1.0",
         ar_steps=4000, ar_lr=8e-4,
-        cft_steps=1200, cft_lr=4e-4, cft_prompts=20000,
+        cft_steps=1200, cft_lr=4e-4, cft_gold=False, cft_prompts=20000,
         opd_steps=60, opd_lr=2e-4, opd_divergence="jsd",
         rl_steps=60, rl_lr=1e-4, rl_prompts=16),
 }

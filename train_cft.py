@@ -1,13 +1,12 @@
 """Stage 2, CFT: conversion fine-tuning, which turns the AR teacher into a block-diffusion model.
 
-    python train_cft.py --config toy      # 5 minutes on 2 CPU cores; expect .999 valid at 10.9 tokens a forward
+    python train_cft.py --config toy      # 8 minutes on 2 CPU cores; expect .999 valid at 11 tokens a forward
     python train_cft.py --config small    # Amazon Beauty, 40 minutes to over an hour on 1 CPU core; expect .9998 valid at 11.5
 
-The teacher first answers `cft_prompts` training prompts, once. Its greedy outputs are a nearly deterministic function of
-the prompt, and that is what decoding many tokens at once needs: where several labels are equally likely, independent
-choices collide, and the answer shows a label twice and another not at all. (`small` takes the reference orders, which are a
-function of the prompt too, without the teacher's own mistakes: --cft_gold, results/findings.md.) Then the masked-diffusion loss, from the
-teacher's weights, with the answer weighted above the trace, and, with --cft_penalty, a price on giving a label that is taken.
+The masked-diffusion loss, from the teacher's weights, with the answer weighted above the trace and, with --cft_penalty, a price on
+giving a label that is taken. What is trained on must be a function of the prompt, as decoding many tokens at once needs it: where
+several labels are equally likely, independent choices collide, and the answer shows a label twice and another not at all. The
+reference orders are one. So are the teacher's own greedy outputs, which the paper takes (--cft_gold false): they repeat its mistakes.
 
 Logged: loss; now and then valid and tokens_per_forward of 64 validation users, decoded at the operating point. valid starts near 0,
 the naive conversion's; judge it together with tokens_per_forward.

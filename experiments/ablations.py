@@ -40,7 +40,7 @@ LINES = {
         "a price on labels that are taken": dict(cft_penalty=10.0),
         "half as long": dict(cft_steps=0.5),
         "twice as long": dict(cft_steps=2.0),
-        "reference orders instead of the teacher's": dict(cft_gold=True),
+        "the teacher's outputs": dict(cft_gold=False),
         "no misplaced labels": dict(cft_misplace=0.0),
         "plain threshold rule": dict(commit="threshold"),
         "factor rule": dict(commit="factor"),
@@ -60,7 +60,7 @@ LINES = {
         "greedy roll-outs": dict(opd_rollout_temperature=0.0),
         "labels to the right not excluded": dict(opd_exclude=False),
         "greedy and not excluded: plain OPD": dict(opd_rollout_temperature=0.0, opd_exclude=False),
-        "off-policy: teacher's text": dict(opd_source="teacher"),
+        "off-policy: teacher's text": dict(opd_source="teacher", cft_gold=False),
     },
 }
 THRESHOLDS, FACTORS = (0.3, 0.5, 0.7, 0.9, 0.98, 1.0), (1.5, 1.0, 0.5, 0.25, 0.1, 0.03)

@@ -20,7 +20,7 @@ from data import ANSWER, responses, toy_world
 from make_beauty import make_beauty
 from show import show_user
 
-TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --eval_batch 8 "
+TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --cft_gold false --eval_batch 8 "
         "--ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 --rl_prompts 2 --rl_group 3 --save_every 2 --valid_every 3 "
         "--threads 1 --tau 0.9 --eval_taus 0.5,1.0 --eval_curve_users 8 --eval_speed_seconds 0.01").split()
 STAGES = {"ar": train_ar, "cft": train_cft, "opd": train_opd, "rl": train_rl}

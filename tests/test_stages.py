@@ -85,7 +85,7 @@ def test_cft_trains_every_teacher_output_behind_its_own_prompt(monkeypatch):
 
 
 def test_the_reference_stands_in_for_invalid_teacher_answers(monkeypatch, tmp_path):
-    world, cfg = toy_world(CFG), replace(CFG, run_dir=str(tmp_path), cft_prompts=30)
+    world, cfg = toy_world(CFG), replace(CFG, run_dir=str(tmp_path), cft_prompts=30, cft_gold=False)
     written = torch.from_numpy(world.train.response[:30].astype(np.int64))
     written[:, 5] = 20  # the traces are the teacher's own
     said, end = written.clone(), (written[::3] != PAD).sum(1) - 2

@@ -25,7 +25,7 @@ from config import UserError, parse_args
 from data import load_world
 from make_beauty import make_beauty
 
-TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --eval_batch 8 "
+TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --cft_gold false --eval_batch 8 "
         "--ar_steps 300 --cft_steps 60 --opd_steps 30 --rl_steps 30 --rl_prompts 2 --rl_group 3 --save_every 1 --valid_every 50 "
         "--threads 1 --tau 0.9").split()
 
