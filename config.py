@@ -65,8 +65,8 @@ class Config:
     # block diffusion: the operating point, one rule for trace and answer, chosen on validation
     block_size: int = 16         # B, tokens denoised in parallel, in training as in decoding
     commit: str = "independent"  # independent | threshold | factor | steps: see sampler.choose
-    clash: float = 0.4           # independent: where no slot is sure, two that would collide with a higher probability do not go together
-    tau: float = 0.5             # a slot is committed when its confidence exceeds this (steps: steps a block); may be turned after training
+    clash: float = 0.4           # independent: of unsure slots, two that would collide with a higher probability do not go together
+    tau: float = 0.5             # a slot is committed when its confidence exceeds this (steps: steps a block); free after training
 
     # CFT: conversion fine-tuning
     cft_steps: int = 3400

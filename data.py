@@ -125,7 +125,7 @@ def parse_answers(tokens, incoming):
     hit = is_label[:, :, None] & (position[:, :, None] == np.arange(width))  # (N, R, K)
     times = hit.sum(1)  # (N, K)
     listed = np.arange(width) < k[:, None]
-    first = np.where(times > 0, hit.argmax(1), R + place)  # missing labels sort behind, in pre-ranked order; then those of no candidate
+    first = np.where(times > 0, hit.argmax(1), R + place)  # missing labels sort behind, in pre-ranked order
     order = np.where(listed, np.argsort(first, axis=1, kind="stable"), -1)
     duplicated, dropped = (times > 1).any(1), ((times == 0) & listed).any(1)
     out_of_set = (inside & ~is_label).any(1)

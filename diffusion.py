@@ -155,7 +155,7 @@ def diffusion_loss(model, prompt, response, block_size, kind="uniform", first_st
     rows: the part of the batch whose loss is summed; draws and normaliser are those of the whole
     """
     B, R = block_size, response.shape[1]
-    weight = torch.where(response == PAD, 1.0, 1.0 if weight is None else weight)  # the fill behind [EOS] weighs 1, however wide the batch came
+    weight = torch.where(response == PAD, 1.0, 1.0 if weight is None else weight)  # the fill behind [EOS] weighs 1
     response, real = fill_last_block(response, B)
     wide = lambda x, value: F.pad(x, (0, response.shape[1] - R), value=value)
     weight = wide(weight, 1.0) * real
@@ -196,7 +196,8 @@ def taken_nats(logits, taken):
 
 
 def still_open(block, masked, R):
-    """The slots of a response that segments do not show, masked or behind their block: block (N, M), masked (N, M, B) -> bool (N, M, R)."""
+    """The slots of a response that segments do not show, masked or behind their block: block (N, M), masked (N, M, B)
+    -> bool (N, M, R)."""
     start, slot = block[..., None] * masked.shape[-1], torch.arange(R, device=block.device)
     return (slot >= start).scatter(2, start + slot[:masked.shape[-1]], masked)
 

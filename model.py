@@ -19,7 +19,7 @@ class KVCache:
     def __init__(self, model, n_rows, n_slots):
         ref = model.embed.weight
         shape = (len(model.blocks), n_rows, n_slots, ref.shape[1])
-        self.k, self.v = ref.new_zeros(shape), ref.new_zeros(shape)  # slots not yet written are masked, but 0 * NaN would still be NaN
+        self.k, self.v = ref.new_zeros(shape), ref.new_zeros(shape)  # zeros: unwritten slots are masked, but 0 * NaN is NaN
         self.rows = slice(None)
 
     def of(self, rows):
@@ -29,7 +29,7 @@ class KVCache:
         return view
 
     def write(self, layer, k, v, slots):
-        """Store k, v (N, T, d) at `slots`: a slice, the same for all rows (cheap), or, in a forward over all rows, (N, T) indices, each row its own."""
+        """Store k, v (N, T, d) at `slots`: a slice, the same for all rows (cheap), or, in a forward over all rows, (N, T) indices."""
         if isinstance(slots, slice):
             self.k[layer][self.rows, slots], self.v[layer][self.rows, slots] = k, v
         else:
@@ -79,7 +79,8 @@ def attend_segments(q, k, v, mask, segment):
         return attend(q, k, v, torch.cat((mask, own), dim=-1))
     A = mask.shape[2] - (k.shape[2] - S)  # shared slots that ask
     shared = attend(q[:, :, :A], k[:, :, :S], v[:, :, :S], mask[:, :, :A])
-    q, own_k, own_v = (x.unflatten(2, (-1, segment)) for x in (q[:, :, A:] * q.shape[-1] ** -0.5, k[:, :, S:], v[:, :, S:]))  # (N, H, M, B, hd)
+    q, own_k, own_v = q[:, :, A:] * q.shape[-1] ** -0.5, k[:, :, S:], v[:, :, S:]
+    q, own_k, own_v = (x.unflatten(2, (-1, segment)) for x in (q, own_k, own_v))  # (N, H, M, B, hd)
     to_shared = (q.flatten(2, 3) @ k[:, :, :S].transpose(-1, -2)).masked_fill(~mask[:, :, A:], -1e4)  # (N, H, M B, S)
     to_own = (q @ own_k.transpose(-1, -2)).flatten(2, 3)  # (N, H, M B, B)
     p = torch.cat((to_shared, to_own), dim=-1).softmax(-1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model import EOS, MASK, PAD, KVCache, pad_left, recorded, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
-DRAWN_CLASH = 0.1  # choose's clash in roll-outs: drawn tokens collide more often. They pass no labels either: mistakes are to be learned from
+DRAWN_CLASH = 0.1  # choose's clash in roll-outs: drawn tokens collide more often. (They pass no labels: mistakes teach.)
 
 
 @dataclass
@@ -171,8 +171,8 @@ def block_decode(model, prompt, max_len, block_size, rule="threshold", tau=0.9, 
 
     prompt (N, P) left-padded; max_len tokens at most (rounded up to whole blocks); rule, tau, clash, labels: see `choose`;
     constrain, optional, is a function (logits (n, B, V), response (n, R), slots (n, B), rows (n,)) -> logits, for a constrained
-    decoder; prefix (N, L), whole blocks, is a response's given beginning. Returns Decoded. A greedy row does not depend on the other rows of its batch,
-    up to float round-off.
+    decoder; prefix (N, L), whole blocks, is a response's given beginning. Returns Decoded. A greedy row does not depend on the other
+    rows of its batch, up to float round-off.
     """
     B = block_size
     R = math.ceil(max_len / B) * B
