@@ -1,6 +1,6 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects it.
 
-    python train_opd.py --config toy      # 50 seconds on 2 CPU cores; expect no harm, CFT being nearly perfect there
+    python train_opd.py --config toy      # 50 seconds on 2 CPU cores; expect a little harm, CFT being nearly perfect there
     python train_opd.py --config small    # Amazon Beauty, 2 to 4 minutes on 1 CPU core; expect valid and ranking as they were
 
 CFT shows the student states made by random masks over the teacher's text; while it decodes it meets others, made by its
