@@ -81,8 +81,8 @@ class Config:
 
     # OPD: on-policy distillation
     opd_steps: int = 100
-    opd_lr: float = 6e-4
-    opd_divergence: str = "forward"  # forward KL(T||S) | reverse KL(S||T) | jsd
+    opd_lr: float = 2e-4
+    opd_divergence: str = "jsd"  # forward KL(T||S) | reverse KL(S||T) | jsd
     opd_beta: float = 0.5        # jsd: weight of the teacher in the mixture
     opd_anchor: float = 1.0      # weight of the CFT loss in the mix
     opd_tau: float = 0.7         # tau of the roll-outs
@@ -129,7 +129,6 @@ PRESETS = {
         d_model=128, batch_size=32, warmup=100, tau=0.4, clash=0.1, eval_curve_users=300, eval_taus="0.2,0.7,0.9,1.0",
         ar_steps=12000, ar_lr=2e-3,
         cft_steps=5000, cft_lr=1e-3, cft_noise="uniform", cft_answer_states=3, cft_misplace=0.9, cft_penalty=10.0,
-        opd_steps=100, opd_lr=2e-4, opd_divergence="jsd",
         rl_steps=200, rl_prompts=8),
     "full": dict(
         world="beauty", n_candidates=10, n_labels=20, min_list=5, n_train=131413, n_val=2500, n_test=10 ** 6,
@@ -137,7 +136,7 @@ PRESETS = {
         eval_batch=512, eval_curve_users=1000, eval_taus="0.9,0.95,1.0",
         ar_steps=4000, ar_lr=8e-4,
         cft_steps=1200, cft_lr=4e-4, cft_gold=False, cft_prompts=20000,
-        opd_steps=60, opd_lr=2e-4, opd_divergence="jsd",
+        opd_steps=60,
         rl_steps=60, rl_lr=1e-4, rl_prompts=16),
 }
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the checkpoint of the one before

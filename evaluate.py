@@ -227,7 +227,7 @@ def evaluate_seed(cfg, world, seed, known):
         tokens, forwards = decode_split(cfg, split, stage_decoder(cfg, world, models[stage], stage, tau),
                                         f"seed {seed} {stage} tau {tau}")
         timing = dict(NO_TIMING)
-        if reported and stage in STAGES[1:]:
+        if reported and (stage in STAGES[1:] or (stage, last) == ("naive", "ar")):  # a teacher alone is timed too
             one, many = (speed(cfg, world, models["ar"], models[stage], b) | {"ar_ratio": 1.0} for b in (1, SPEED_BATCH))
             for name, ratio, row in (("block", "ratio", timing), ("ar", "ar_ratio", out["ar", None, True][1])):
                 row.update(tokens_per_s_b1=one[name], speedup_b1=one[ratio], latency_ms=one[f"{name}_ms"],
@@ -247,15 +247,15 @@ def evaluate_seed(cfg, world, seed, known):
 
 def report_rows(cfg, per_seed, mean_of, still):
     """The rows of report.json: per_seed {seed: what evaluate_seed gives}, mean_of {(stage, tau, reported): scores averaged over
-    seeds}, still {name: scores} of rankings that are not decoded here."""
-    n = len(still["prerank"]["valid"])
+    seeds}, still {name: (scores, timing)} of rankings that are not decoded here."""
+    n = len(still["prerank"][0]["valid"])
 
     def reference(of, users):
         """The scores that a row's differences are taken against, of the same users; of: key -> scores."""
-        found = {s: of((s, None if s == "ar" else cfg.tau, True)) for s in ("ar", "cft", "opd")} | {"prerank": still["prerank"]}
+        found = {s: of((s, None if s == "ar" else cfg.tau, True)) for s in ("ar", "cft", "opd")} | {"prerank": still["prerank"][0]}
         return {s: {k: v[:users] for k, v in scores.items()} for s, scores in found.items() if scores}
 
-    rows = [make_row(stage, (None, None), "mean", scores, reference(mean_of.get, n), reported=True) for stage, scores in still.items()]
+    rows = [make_row(stage, (None, None), "mean", scores, reference(mean_of.get, n), timing, reported=True) for stage, (scores, timing) in still.items()]
     for key, scores in mean_of.items():
         (stage, tau, reported), users = key, len(scores["valid"])
         point, have = (None if stage == "ar" else cfg.block_size, tau), {s: found for s, found in per_seed.items() if key in found}
@@ -284,7 +284,7 @@ def main(cfg):
         known = {k: v for k, v in per_seed[seed].items() if k[0] in ("ar", "naive")} if cfg.teacher else {}
         first_models = models if seed == seeds[0] else first_models
     orders = {"prerank": world.test.incoming, "oracle" if cfg.world == "toy" else "writer": world.test.order, **world.references}
-    still = {name: score_order(world.test, order) for name, order in orders.items()} | beside
+    still = {name: (score_order(world.test, order), None) for name, order in orders.items()} | beside
     keys = dict.fromkeys(key for found in per_seed.values() for key in found)  # some seeds may lack late stages
     mean_of = {key: average([found[key][0] for found in per_seed.values() if key in found]) for key in sorted(keys, key=lambda key: ROWS.index(key[0]))}
     report = {"config": cfg.config, "dataset": "Amazon Beauty" if cfg.world == "beauty" else "toy world",
@@ -292,7 +292,8 @@ def main(cfg):
               "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "clash": cfg.clash, "tau": cfg.tau},
               "data": world.notes, "rows": report_rows(cfg, per_seed, mean_of, still)}
     users = {stage: {k: torch.from_numpy(v) for k, v in scores.items()} for (stage, _, reported), scores in mean_of.items() if reported}
-    save_tensors(folder(cfg, f"{name}_users.pt"), users | {"target": torch.from_numpy(world.test.target)})
+    latency = {r["stage"]: r["latency_ms"] for r in report["rows"] if r["reported"] and r["seed"] == "mean"}
+    save_tensors(folder(cfg, f"{name}_users.pt"), users | {"target": torch.from_numpy(world.test.target), "latency_ms": latency})
     save_atomically(folder(cfg, f"{name}.json"), lambda p: open(p, "w").write(json.dumps(report, indent=1) + "\n"))
     save_atomically(folder(cfg, f"{name}.md"), lambda p: open(p, "w").write(markdown(report)))
     if RANK:
@@ -316,7 +317,7 @@ def parse_beside(cfg):
 
 
 def scores_beside(cfg, world):
-    """Scores of other runs on the same users: --beside name=folder:stage,... -> {name: {metric: (N,)}}."""
+    """Scores and latency of other runs on the same users: --beside name=folder:stage,... -> {name: ({metric: (N,)}, timing)}."""
     out = {}
     for name, where, stage in parse_beside(cfg):
         path = os.path.join(where, "report_users.pt" if cfg.eval_split == "test" else "report_val_users.pt")
@@ -325,7 +326,7 @@ def scores_beside(cfg, world):
         saved = load_tensors(path)
         if stage not in saved or not torch.equal(saved["target"], torch.from_numpy(world.test.target)):
             raise UserError(f"--beside: {path} has no stage {stage}, or scores of other users")
-        out[name] = {k: v.numpy() for k, v in saved[stage].items()}
+        out[name] = {k: v.numpy() for k, v in saved[stage].items()}, NO_TIMING | {"latency_ms": saved.get("latency_ms", {}).get(stage)}
     return out
 
 

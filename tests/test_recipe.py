@@ -97,6 +97,7 @@ def test_conversions_may_share_a_teacher_and_start_from_any_fitting_checkpoint(m
     run(evaluate, monkeypatch, tmp_path / "b", "--teacher", teacher, "--answer_weight", "2")
     rows = json.load(open(tmp_path / "b" / "toy" / "report.json"))["rows"]
     made = {(r["stage"], r["seed"]): r["strict"] for r in rows if r["reported"]}
+    latency = next(r["latency_ms"] for r in rows if (r["stage"], r["seed"], r["reported"]) == ("cft", "mean", True))
     assert made["ar", 0] == made["ar", 1] and {("cft", 0), ("cft", 1), ("cft", "mean")} <= made.keys()
 
     start, steps = checkpoint(tmp_path / "b", "cft"), ["--max_steps", "1", "--rl_lr", "1e-9", "--block_size", "1", "--answer_weight", "2"]
@@ -106,7 +107,7 @@ def test_conversions_may_share_a_teacher_and_start_from_any_fitting_checkpoint(m
     run(evaluate, monkeypatch, tmp_path / "c", "--teacher", teacher, "--beside", f"other={tmp_path / 'b' / 'toy'}:cft", *steps)
     rows = json.load(open(tmp_path / "c" / "toy" / "report.json"))["rows"]
     beside = next(r for r in rows if r["stage"] == "other")
-    assert beside["strict"] == pytest.approx(made["cft", "mean"])
+    assert beside["strict"] == pytest.approx(made["cft", "mean"]) and beside["latency_ms"] == latency > 0
 
     for option, value, expected in (("--teacher", "nowhere", "no finished checkpoint nowhere"), ("--init", "nowhere", "no such checkpoint"),
                                     ("--init", __file__, "damaged")):
@@ -183,7 +184,7 @@ def test_ablations_run_each_line_once_and_compare_at_equal_forwards(monkeypatch,
             calls.clear()
         table = open(tmp_path / "toy" / f"ablations_{stage}.md").read()
         assert all(f"| {name} |" in table for name in lines[stage])
-        assert ("`train_cft.py --cft_steps 3`" if stage == "cft" else "`train_cft.py --cft_steps 8 --cft_lr 0.0006`") in table
+        assert ("`train_cft.py --cft_steps 3`" if stage == "cft" else "`train_cft.py --cft_steps 8 --cft_lr 0.0002`") in table
     assert "first run `python train_ar.py" in refused(ablations, monkeypatch, capsys, tmp_path / "empty")
     assert "no line is called nonsense; there are: CFT" in refused(ablations, monkeypatch, capsys, tmp_path, "--lines", "nonsense", "--ablate", "opd")
 
