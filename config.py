@@ -83,7 +83,6 @@ class Config:
     opd_steps: int = 100
     opd_lr: float = 2e-4
     opd_divergence: str = "jsd"  # forward KL(T||S) | reverse KL(S||T) | jsd
-    opd_beta: float = 0.5        # jsd: weight of the teacher in the mixture
     opd_anchor: float = 1.0      # weight of the CFT loss in the mix
     opd_tau: float = 0.7         # tau of the roll-outs
     opd_source: str = "student"  # whose text: the student's own decode | teacher (off-policy: its outputs, random masks)
