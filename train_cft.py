@@ -1,7 +1,7 @@
 """Stage 2, CFT: conversion fine-tuning, which turns the AR teacher into a block-diffusion model.
 
     python train_cft.py --config toy      # 8 minutes on 2 CPU cores; expect .999 valid at 11 tokens a forward
-    python train_cft.py --config small    # Amazon Beauty, 40 minutes to over an hour on 1 CPU core; expect .9997 valid at 11.5
+    python train_cft.py --config small    # Amazon Beauty, half an hour to an hour on 1 CPU core; expect .9997 valid at 11.5
 
 The masked-diffusion loss, from the teacher's weights, with the answer weighted above the trace and, with --cft_penalty, a price on
 giving a label that is taken. What is trained on must be a function of the prompt, as decoding many tokens at once needs it: where

@@ -1,14 +1,13 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects it.
 
     python train_opd.py --config toy      # 50 seconds on 2 CPU cores; expect valid and ranking as they were
-    python train_opd.py --config small    # Amazon Beauty, 2 to 4 minutes on 1 CPU core; expect valid and ranking as they were
+    python train_opd.py --config small    # Amazon Beauty, 2 minutes on 1 CPU core; expect valid and ranking as they were
 
 CFT shows the student states made by random masks over the teacher's text; while it decodes it meets others, made by its
 own choices. So the student decodes, drawing its tokens, with its cached block sampler, and in the states that it met its
-distributions are pulled towards those of the teacher that reads the same finished text (GKD, arXiv 2306.13649). Two corrections
-limit the harm that this can do (experiments/ablations.py has lines without):
+distributions are pulled towards those of the teacher that reads the same finished text (GKD, arXiv 2306.13649). Two corrections:
   - the teacher reads from the left and gives labels to a slot that the student has committed further right; they are
-    taken out of the target;
+    taken out of the target (not with --opd_exclude false);
   - a state in which two labels are open weighs as much as one with ten: collisions happen there.
 The CFT loss stays in the mix as an anchor. The presets take the JSD: forward KL makes the student as unsure as the teacher, which costs
 forwards and, on Beauty, validity. And they take a low rate: at three times that, OPD unlearns a part of what a long CFT has learned,
