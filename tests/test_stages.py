@@ -225,7 +225,8 @@ def test_labels_that_a_state_shows_are_no_target_of_its_masked_slots():
         left = target.clone()
         for slot in masked:
             left[slot, shown] = -1e4
-        possible[state] = (divergence(logits, left, "forward")[:4].mean() + divergence(logits, left, "forward")[scored].mean()) / 2
+        nats = divergence(logits, left, cfg.opd_divergence)
+        possible[state] = (nats[:4].mean() + nats[scored].mean()) / 2
     losses = [opd_loss(cfg, student, teacher, prompt, decoded, gen(seed)) for seed in range(12)]
     distance = torch.stack([(torch.stack(losses) - possible[state]).abs() for state in (0, 1)])
     assert distance.amin(0).max() < 1e-6 and set(distance.argmin(0).tolist()) == {0, 1}
