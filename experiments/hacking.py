@@ -3,8 +3,8 @@
     python experiments/hacking.py --config toy     # 8 runs of RL, about 7 minutes on 1 CPU core
 
 Needs the AR teacher and the CFT student of the run. A weak student is made first, by a short CFT. Then RL goes on from each without the
-anchor, the format bonus paid only for a target that rose, or always, with two values of alpha. Everything is read off RL's own log:
-sampled answers that are valid, that copy the incoming order, and by how much the target rose. Writes hacking.md and hacking.png.
+anchor, the format bonus paid only for a target that rose, or always, with two values of alpha. RL's own log says how many sampled answers
+are valid, and copy the incoming order; the greedy traces of the test users are read at the end. Writes hacking.md and hacking.png.
 """
 import dataclasses
 import json
@@ -17,9 +17,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from ablations import train  # noqa: E402
-from common import checkpoint_path, load_stage, log_path, save_atomically, script  # noqa: E402
+from common import checkpoint_path, decode_split, load_stage, log_path, save_atomically, script  # noqa: E402
 from config import folder  # noqa: E402
 from data import load_world  # noqa: E402
+from evaluate import score, stage_decoder  # noqa: E402
 
 WEAK_STEPS, STEPS, ALPHAS = 150, 40, (0.1, 0.5)
 
@@ -37,7 +38,7 @@ def main(cfg):
     here = lambda name: folder(cfg, "hacking", name)
     weak = trained(cfg, "cft", teacher=teacher, run_dir=here("weak"), cft_steps=WEAK_STEPS, warmup=10)
     starts = {"weak": checkpoint_path(weak, "cft"), "finished": checkpoint_path(cfg, "cft")}
-    logs = {}
+    logs, traces = {}, {}
     for start, init in starts.items():
         for conditional in (True, False):
             for alpha in ALPHAS:
@@ -45,14 +46,17 @@ def main(cfg):
                                 rl_alpha=alpha, rl_anchor=0.0, rl_steps=STEPS)
                 with open(log_path(there, "rl")) as file:
                     logs[start, conditional, alpha] = [json.loads(line) for line in file]
-    lines = ["| student | bonus | α | valid, first and last fifth | copied, first and last fifth | groups with a signal | nats a token, first and last fifth |",
-             "|---" * 7 + "|"]
+                decoder = stage_decoder(there, world, load_stage(there, "rl", world)[0], "rl", there.tau)
+                traces[start, conditional, alpha] = score(world, world.test, *decode_split(there, world.test, decoder, "test users"))
+    lines = ["| student | bonus | α | valid, first and last fifth | copied, first and last fifth | groups with a signal | nats a token, first and last fifth | faithful | trace tokens |",
+             "|---" * 9 + "|"]
     for (start, conditional, alpha), log in logs.items():
         fifth = len(log) // 5
         ends = lambda name: [np.mean([line[name] for line in part if name in line]) for part in (log[:fifth], log[-fifth:])]
         two = lambda name, unit=100, f=".1f": " → ".join(f"{unit * v:{f}}" for v in ends(name)) + (" %" if unit == 100 else "")
         lines.append(f"| {start} | {'if the target rose' if conditional else 'always'} | {alpha} | {two('sampled_valid')} | {two('copied')} | "
-                     f"{100 * np.mean([line['signal'] for line in log]):.0f} % | {two('sampled_nats', 1, '.3f')} |")
+                     f"{100 * np.mean([line['signal'] for line in log]):.0f} % | {two('sampled_nats', 1, '.3f')} | "
+                     f"{100 * traces[start, conditional, alpha]['faithful'].mean():.1f} % | {traces[start, conditional, alpha]['trace_tokens'].mean():.1f} |")
     text = "\n".join(lines) + "\n"
     save_atomically(folder(cfg, "hacking.md"), lambda p: open(p, "w").write(text))
     figure(logs, folder(cfg, "hacking.png"))
