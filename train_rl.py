@@ -1,6 +1,6 @@
 """Stage 4, RL: GRPO with DAPO's corrections, on a re-ranking reward.
 
-    python train_rl.py --config toy      # 45 seconds on 2 CPU cores; expect no harm, CFT being nearly perfect there
+    python train_rl.py --config toy      # 45 seconds on 2 CPU cores; expect valid as it was and the ranking no better: CFT is nearly perfect there
     python train_rl.py --config small    # Amazon Beauty, 7 minutes on 1 CPU core; expect valid and ranking as they were
 
 The student samples a group of responses to each prompt; the reward says how far the true target rose. Importance ratios

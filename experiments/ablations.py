@@ -105,6 +105,13 @@ def options_of(cfg, name):
     return stage, options
 
 
+def overrides(cfg):
+    """What the command line has changed in the preset and a stage that is run from here should know: {name: value}."""
+    preset = Config(**{"config": cfg.config, **PRESETS[cfg.config]})
+    return {k: v for k, v in dataclasses.asdict(cfg).items()
+            if v != getattr(preset, k) and k not in ("config", "seed", "seeds", "run_dir", "teacher", "init", "ablate", "lines")}
+
+
 def train(stage, settings):
     """Run the script of a stage with these settings {name: value} as options."""
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
@@ -123,9 +130,6 @@ def main(cfg):
         start["init"] = checkpoint_path(cfg, "cft")
     seeds = [0, 1, 2] if cfg.seeds == "all" else finished_seeds(cfg)
     goal = measured(cfg, world, model, "ar", None)[2] - 0.005  # what is missing has been said before anything is decoded
-    preset = Config(**{"config": cfg.config, **PRESETS[cfg.config]})
-    ours = {k: v for k, v in dataclasses.asdict(cfg).items()
-            if v != getattr(preset, k) and k not in ("config", "seed", "seeds", "run_dir", "teacher", "init", "ablate", "lines")}
     found = {}
     for name in names:
         stage, options = options_of(cfg, name)
@@ -135,7 +139,7 @@ def main(cfg):
             line = dataclasses.replace(cfg, **{**options, **start, "seed": seed, "run_dir": run_dir})
             path = os.path.join(os.path.dirname(checkpoint_path(line, stage)), f"curve_{line.commit}.json")
             if not os.path.exists(path):
-                train(stage, {"config": cfg.config, **ours, **options, **start, "seed": seed, "run_dir": run_dir})
+                train(stage, {"config": cfg.config, **overrides(cfg), **options, **start, "seed": seed, "run_dir": run_dir})
                 points = curve(line, world, stage)
                 save_atomically(path, lambda p: open(p, "w").write(json.dumps(points)))
             found.setdefault(name, []).append(np.array(json.load(open(path))))

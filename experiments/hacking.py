@@ -1,6 +1,6 @@
 """Does an unconditional format reward teach to copy the incoming order? RL from a weak and from the finished student.
 
-    python experiments/hacking.py --config toy     # 8 runs of RL, about 7 minutes on 1 CPU core
+    python experiments/hacking.py --config toy     # 8 runs of RL, about 8 minutes on 1 CPU core
 
 Needs the AR teacher and the CFT student of the run. A weak student is made first, by a short CFT. Then RL goes on from each without the
 anchor, the format bonus paid only for a target that rose, or always, with two values of alpha. RL's own log says how many sampled answers
@@ -16,7 +16,7 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from ablations import train  # noqa: E402
+from ablations import overrides, train  # noqa: E402
 from common import checkpoint_path, decode_split, load_stage, log_path, save_atomically, script  # noqa: E402
 from config import folder  # noqa: E402
 from data import load_world  # noqa: E402
@@ -27,7 +27,7 @@ WEAK_STEPS, STEPS, ALPHAS = 150, 40, (0.1, 0.5)
 
 def trained(cfg, stage, **options):
     """Run a stage with other settings, unless it has finished; returns them all."""
-    train(stage, {"config": cfg.config, "data_dir": cfg.data_dir, "threads": cfg.threads, "seed": cfg.seed, **options})
+    train(stage, {"config": cfg.config, **overrides(cfg), "seed": cfg.seed, **options})
     return dataclasses.replace(cfg, **options)
 
 
@@ -51,12 +51,12 @@ def main(cfg):
     lines = ["| student | bonus | α | valid, first and last fifth | copied, first and last fifth | groups with a signal | nats a token, first and last fifth | faithful | trace tokens |",
              "|---" * 9 + "|"]
     for (start, conditional, alpha), log in logs.items():
-        fifth = len(log) // 5
+        fifth, written = len(log) // 5, traces[start, conditional, alpha]
         ends = lambda name: [np.mean([line[name] for line in part if name in line]) for part in (log[:fifth], log[-fifth:])]
         two = lambda name, unit=100, f=".1f": " → ".join(f"{unit * v:{f}}" for v in ends(name)) + (" %" if unit == 100 else "")
         lines.append(f"| {start} | {'if the target rose' if conditional else 'always'} | {alpha} | {two('sampled_valid')} | {two('copied')} | "
                      f"{100 * np.mean([line['signal'] for line in log]):.0f} % | {two('sampled_nats', 1, '.3f')} | "
-                     f"{100 * traces[start, conditional, alpha]['faithful'].mean():.1f} % | {traces[start, conditional, alpha]['trace_tokens'].mean():.1f} |")
+                     f"{100 * written['faithful'].mean():.1f} % | {written['trace_tokens'].mean():.1f} |")
     text = "\n".join(lines) + "\n"
     save_atomically(folder(cfg, "hacking.md"), lambda p: open(p, "w").write(text))
     figure(logs, folder(cfg, "hacking.png"))
