@@ -1,91 +1,121 @@
-"""Stage 2, CFT: conversion fine-tuning, which turns the AR teacher into a block-diffusion model.
+"""Stage 2, CFT: conversion fine-tuning turns the AR teacher into a block-diffusion model.
 
-    python train_cft.py --config toy      # 8 minutes on 2 CPU cores; expect .999 valid at 11 tokens a forward
-    python train_cft.py --config small    # Amazon Beauty, half an hour to an hour on 1 CPU core; expect .9997 valid at 11.5
+    python train_cft.py --config toy      # 8 minutes on 2 CPU cores; expect .999 valid
+    python train_cft.py --config small    # Amazon Beauty, about 45 minutes; expect .9997 valid
 
-The masked-diffusion loss, from the teacher's weights, with the answer weighted above the trace and, with --cft_penalty, a price on
-giving a label that is taken. What is trained on must be a function of the prompt, as decoding many tokens at once needs it: where
-several labels are equally likely, independent choices collide, and the answer shows a label twice and another not at all. The
-reference orders are one. So are the teacher's own greedy outputs, which the paper takes (--cft_gold false): they repeat its mistakes.
+From the teacher's weights, the masked-diffusion loss on the paper's training text: reasoning
+traces and reference answers. Written at once, tokens are chosen independently, so the text must
+be a function of the prompt: where two labels are equally likely, both slots may take the same one,
+and the answer shows one label twice and another not at all.
 
-Logged: loss; now and then valid and tokens_per_forward of 64 validation users, decoded at the operating point. valid starts near 0,
-the naive conversion's; judge it together with tokens_per_forward.
+Logged: loss; now and then, of 64 validation users decoded at the operating point, valid (near 0 at
+first: the naive conversion) and tokens_per_forward. Judge the two together.
 """
-import os
+from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-from common import (Run, checkpoint_path, checksum, decode_split, device_of, draw_batch, gathered, generator, half, load_stage,
-                    load_tensors, mine, save_tensors, script, serve, start_from, valid_rate)
-from data import ANSWER, load_world, parse_answers, tensors
-from diffusion import diffusion_loss
-from model import PAD, ar_decode
-from train_ar import answer_labels, misplaced, token_weights
+from data import MASK, PAD, draw_batch, tensors, token_weights
+from diffusion import draw_noise, every_block, fill_last_block, predict_blocks, take_blocks
+from ours import (answer_blocks, complementary_pairs, extend, first_steps, misplaced,
+                  price_of_taken, share_weight, what_is_left)
+from plumbing.checkpoint import device_of, start_from
+from plumbing.teacher import teacher_responses
+from trainer import Run, autocast, decode, load_world, rng_for, valid_rate
 
 
-def teacher_outputs(cfg, world, teacher):
-    """Greedy responses of the AR teacher to the first `cft_prompts` training prompts, decoded once and kept beside its
-    checkpoint, for all conversions of this teacher. Where its answer is invalid, the reference stands in.
+def training_responses(cfg, world):
+    """What CFT is trained on: responses (n, R) int64 to the first cft_prompts training prompts.
 
-    Returns tokens (n, max_response) int64, right-padded. With cft_gold the reference responses instead.
-    """
+    The reference traces and answers, as in the paper; without cft_gold the teacher's own."""
     n = min(cfg.cft_prompts, len(world.train))
     if cfg.cft_gold:
         return tensors(world.train, range(n), "cpu")[1]
-    path = os.path.join(os.path.dirname(checkpoint_path(cfg, "ar")), "outputs.pt")
-    made_of = checksum(teacher.state_dict(), torch.from_numpy(world.train.prompt))  # outputs of another teacher are not taken for its own
-    saved = load_tensors(path) if os.path.exists(path) else {}
-    gathered(None)  # nobody writes while another still looks
-    if saved.get("made_of") != made_of or len(saved["tokens"]) < n:
-        decoder = lambda prompt, rows: ar_decode(teacher, prompt, world.max_response)[::2]  # tokens, forwards
-        split = world.train.take(slice(0, n))
-        tokens, _ = decode_split(cfg, split, decoder, "teacher outputs")
-        reference = np.pad(split.response, ((0, 0), (0, tokens.shape[1] - split.response.shape[1])), constant_values=PAD)
-        tokens = np.where(parse_answers(tokens, split.incoming).valid[:, None], tokens, reference)
-        saved = {"made_of": made_of, "tokens": torch.from_numpy(tokens)}
-        save_tensors(path, saved)
-    return saved["tokens"][:n]
+    return teacher_responses(cfg, world, n)
 
 
-def answer_blocks(response, block_size, times):
-    """The blocks that hold the answers of responses (N, R), named `times` times each: (N, E) int64."""
-    first = ((response == ANSWER).int().argmax(1) + 1) // block_size  # (N,)
-    last = ((response != PAD).sum(1) - 1) // block_size
-    span = torch.arange(int((last - first).max()) + 1, device=response.device)
-    return torch.minimum(first[:, None] + span, last[:, None]).repeat(1, times)
-
-
-def cft_loss(cfg, world, model, outputs, gen):
-    """The loss of one batch drawn from the teacher's outputs; also the anchor of OPD and RL."""
-    rows, device = draw_batch(len(outputs), cfg.batch_size, gen), device_of(cfg)
+def cft_batch(cfg, world, responses, rng):
+    """A batch of training prompts (N, P) and their responses (N, R), without columns of [PAD]."""
+    rows = draw_batch(len(responses), cfg.batch_size, rng)
+    device = device_of(cfg)
     prompt, _ = tensors(world.train, rows, device)
-    response = outputs[rows].to(device)
-    response = response[:, :int((response != PAD).sum(1).max())]
-    with half(cfg, device):
-        return diffusion_loss(model, prompt, response, cfg.block_size, cfg.cft_noise, cfg.cft_first_step, gen,
-                              token_weights(response, cfg.answer_weight),
-                              answer_blocks(response, cfg.block_size, cfg.cft_answer_states),
-                              misplaced(response, cfg.cft_misplace, gen), cfg.cft_penalty * answer_labels(response),
-                              mine(cfg.batch_size))
+    response = responses[rows].to(device)
+    longest = int((response != PAD).sum(1).max())
+    return prompt, response[:, :longest]
+
+
+def cft_loss(cfg, model, prompt, response, rng):
+    """The masked-diffusion loss in nats a token, a scalar; also the anchor of OPD and RL.
+
+    -log p(y) <= sum over blocks of  -log p(first token | clean past)
+                                     + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
+    (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes with the token shift.) Without our lines
+    and at answer_weight 1 it is an unbiased estimate of this bound; at block size 1, the AR loss.
+    prompt (N, P) padded on the left, response (N, R) padded on the right."""
+    B = cfg.block_size
+    shown_slot = misplaced(response, cfg.cft_misplace, rng)       # ours: (N, R)
+    weight = token_weights(response, cfg.answer_weight)           # (N, R)
+    extra = answer_blocks(response, B, cfg.cft_answer_states)     # ours: (N, E)
+
+    # Whole blocks. The [EOS] that fill up the last one weigh as a trace token does.
+    filled, in_block = fill_last_block(response, B)               # (N, R')
+    more = filled.shape[1] - response.shape[1]
+    weight = F.pad(weight, (0, more))
+    weight = torch.where(in_block & (weight == 0), 1.0, weight)
+    shown_slot = extend(shown_slot, more)                         # ours: (N, R')
+    shown = filled.gather(1, shown_slot)                          # the paper: filled
+
+    # 1. Draw the states: every block once, some of its slots masked.
+    block = every_block(filled, B)                                # (N, M)
+    block = torch.cat((block, extra), dim=1)                      # ours
+    masked, state_weight = draw_noise(block, B, rng)              # (N, M, B)
+    masked, state_weight = first_steps(masked, state_weight, cfg.cft_first_step, rng)  # ours
+    state_weight = share_weight(block, state_weight)              # ours
+    if cfg.cft_pairs:                                             # ours
+        block, masked, state_weight = complementary_pairs(block, masked, state_weight)
+    masked = masked & take_blocks(in_block, block, B)
+
+    # 2. Show them.
+    noised = torch.where(masked, MASK, take_blocks(shown, block, B))  # (N, M, B)
+
+    # 3. Predict.
+    left = what_is_left(shown_slot, block, masked)                # ours: (N, M, B)
+    target = filled.gather(1, left.flatten(1)).view_as(noised)    # the paper: the block itself
+    slot_weight = state_weight * take_blocks(weight, block, B)
+    asked = slot_weight > 0                                       # the others need no logits
+    with autocast(cfg, prompt.device):
+        hidden = predict_blocks(model, prompt, shown, noised, block)  # (N, M, B, d)
+        logits = model.logits(hidden[asked])                      # (n, V)
+    nats = F.cross_entropy(logits, target[asked], reduction="none")   # (n,)
+
+    # 4. Weigh.
+    if cfg.cft_penalty:                                           # ours
+        price = price_of_taken(response, shown, block, masked, asked, logits)
+        nats = nats + cfg.cft_penalty * price
+    return (nats * slot_weight[asked]).sum() / weight.sum()
 
 
 def validate(cfg, world, model, n=64):
-    """Valid rate and tokens a forward on the first validation prompts, at the operating point."""
+    """valid and tokens_per_forward on the first validation users, at the operating point."""
     rows = range(min(n, len(world.val)))
     prompt, _ = tensors(world.val, rows, device_of(cfg))
-    decoded = serve(cfg, model, prompt, world.max_response)
-    return {"valid": valid_rate(decoded.tokens, world.val, rows),
-            "tokens_per_forward": ((decoded.tokens != PAD).sum() / decoded.forwards.sum()).item()}
+    decoded = decode(cfg, model, prompt, world.max_response)
+    written = (decoded.tokens != PAD).sum()
+    return {
+        "valid": valid_rate(decoded.tokens, world.val, rows),
+        "tokens_per_forward": (written / decoded.forwards.sum()).item()}
 
 
 def main(cfg):
     world = load_world(cfg)
     model = start_from(cfg, world, "ar")
     run = Run(cfg, "cft", model, world)
-    outputs = teacher_outputs(cfg, world, load_stage(cfg, "ar", world)[0])
+    responses = training_responses(cfg, world)
     for step in run.steps():
-        loss = cft_loss(cfg, world, model, outputs, generator(cfg, "cft", step))
+        rng = rng_for(cfg, "cft", step)
+        prompt, response = cft_batch(cfg, world, responses, rng)
+        loss = cft_loss(cfg, model, prompt, response, rng)
         log = run.update(loss)
         if run.time_to_validate():
             log |= validate(cfg, world, model)

@@ -1,0 +1,191 @@
+"""What all stages repeat, written once: the world, random numbers, the loop, decoding."""
+import json
+import math
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fast.decode  # noqa: F401  the quick twins register themselves
+from beauty.world import beauty_world
+from data import parse_answers, tensors
+from model import Sampling
+from ours import Apart, label_range
+from plumbing.checkpoint import (checkpoint_path, device_of, locked, log_path, open_log, resume,
+                                 save_run)
+from plumbing.processes import (RANK, mean_gradients, share_rows, shared_decode,
+                                shared_map)
+from plumbing.settings import UserError
+from sampler import Threshold, block_decode
+from toy.world import toy_world
+
+WEIGHT_DECAY = 0.05  # of matrices
+BATCH = 256          # rows decoded together
+ROLL_OUT_CLASH = 0.1  # Apart's clash where tokens are drawn: those collide more often
+
+
+def load_world(cfg):
+    """The World that the settings name."""
+    world = toy_world(cfg) if cfg.world.startswith("toy") else beauty_world(cfg)
+    if not cfg.trace:  # the answer alone
+        for split in (world.train, world.val, world.test):
+            split.trace = split.trace[:, :0]
+    return world
+
+
+def rng_for(cfg, name, step):
+    """A random generator that depends on (seed, name of a stage or use, step) and nothing else.
+
+    So a run that is killed draws the same when it goes on. It is the CPU's: a GPU sees the same
+    batches and masks, and is never waited for."""
+    key = np.random.SeedSequence([cfg.seed, step, *name.encode()])
+    return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) % 2 ** 63)
+
+
+def autocast(cfg, device):
+    """bfloat16 for training forwards, where settings and hardware allow it. Weights, optimiser
+    and sampling stay in float32. A step takes about 0.6 of the time on CPUs that have it."""
+    native = device.type == "cuda" or (
+        torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.bfloat16 and native)
+
+
+# --- The loop around a stage's own loss -------------------------------------------------------
+
+def optimizer_of(model):
+    """AdamW; only matrices decay."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY},
+              {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=matrices[0].is_cuda)
+
+
+class Run:
+    """Optimiser, schedule, checkpoints, log and bar of one stage. Use:
+
+        run = Run(cfg, "cft", model, world)
+        for step in run.steps():           # continues where a killed run stopped
+            log = run.update(loss)         # once or several times
+            run.log(**log)
+    """
+
+    def __init__(self, cfg, stage, model, world):
+        self.cfg, self.stage, self.model, self.world = cfg, stage, model, world
+        self.peak_lr = getattr(cfg, f"{stage}_lr")
+        self.n_steps = getattr(cfg, f"{stage}_steps")
+        self.path = checkpoint_path(cfg, stage)
+        self.optimizer = optimizer_of(model)
+        self.shown = {}  # in the bar
+        resume(self)     # sets self.first, self.seconds, self.finished
+        share_rows(model)
+
+    def steps(self):
+        """Yields the numbers of the steps to do, and saves as they pass."""
+        if self.finished:
+            print(f"{self.stage}: finished already ({self.path}); delete it to train again")
+            return
+        if not RANK:
+            size = sum(p.numel() for p in self.model.parameters()) / 1e6
+            print(f"{self.stage}: {size:.2f}M parameters on {device_of(self.cfg)}, "
+                  f"steps {self.first} to {self.n_steps}, into {self.path}", flush=True)
+        before = self.seconds
+        self.began = time.perf_counter()
+        todo = range(self.first, self.n_steps)
+        with (locked(self.path),
+              open_log(log_path(self.cfg, self.stage), self.first) as self.log_file,
+              tqdm(todo, self.stage, self.n_steps, initial=self.first, disable=RANK > 0) as bar):
+            self.bar = bar
+            for self.step in bar:
+                yield self.step
+                done = self.step + 1
+                self.seconds = before + time.perf_counter() - self.began
+                if done % self.cfg.every == 0 or done == self.n_steps:
+                    self.log_file.flush()
+                    save_run(self, done)
+            if not self.n_steps:  # a stage of no steps: the weights that it begins with
+                save_run(self, 0)
+
+    def lr_at(self, step):
+        """Linear warm-up, in a short stage over a tenth of it, then a cosine down to 0."""
+        warmup = min(self.cfg.warmup, 1 + self.n_steps // 10)
+        rise = min(1.0, (step + 1) / warmup)
+        fall = 0.5 * (1 + math.cos(math.pi * (step / self.n_steps)))
+        return self.peak_lr * rise * fall
+
+    def update(self, loss):
+        """One optimiser step on a scalar loss -> the loss, and the gradient's norm, for the log."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        mean_gradients(self.model)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        self.optimizer.step()
+        loss, norm = loss.item(), norm.item()
+        if not math.isfinite(loss + norm):
+            raise UserError(f"{self.stage}: loss {loss}, gradient norm {norm} at step {self.step}: "
+                            f"try a lower --{self.stage}_lr; the last checkpoint is {self.path}")
+        return {"loss": loss, "grad_norm": norm}
+
+    def log(self, **values):
+        """A line of metrics.jsonl, and the bar. seconds: since this process began the stage."""
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        seconds = round(time.perf_counter() - self.began, 2)
+        line = {"step": self.step, **values, "seconds": seconds}
+        self.log_file.write(json.dumps(line) + "\n")
+        self.shown.update(values)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in self.shown.items()})
+
+    def time_to_validate(self):
+        """Every so many steps, and after 1, 2, 4, 8, ...: answers fall into place early."""
+        done = self.step + 1
+        power_of_two = done & (done - 1) == 0
+        return done % self.cfg.every == 0 or power_of_two or done == self.n_steps
+
+
+# --- Decoding ---------------------------------------------------------------------------------
+
+def rule_of(cfg, tau=None):
+    """The commit rule of the settings, at their tau or at another."""
+    tau = cfg.tau if tau is None else tau
+    if cfg.commit == "threshold":
+        return Threshold(tau)
+    return Apart(tau, cfg.clash, label_range(cfg.n_labels))  # ours
+
+
+def decode(cfg, model, prompt, max_len, tau=None):
+    """block_decode, greedily, at the operating point or at another tau -> Decoded."""
+    return block_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg, tau))
+
+
+def roll_out(cfg, model, prompt, max_len, tau, rng):
+    """Responses (N, R) that a student draws at temperature 1, for OPD and RL -> Decoded.
+
+    Their rule does not keep labels apart: mistakes teach."""
+    rule = Threshold(tau) if cfg.commit == "threshold" else Apart(tau, ROLL_OUT_CLASH)
+
+    def decoder(prompt, rng):
+        return block_decode(model, prompt, max_len, cfg.block_size, rule, Sampling(1.0, rng))
+    return shared_decode(decoder, prompt, rng)
+
+
+def valid_rate(tokens, split, rows):
+    """Share of valid answers among responses (n, R) to some rows of a split."""
+    return float(parse_answers(tokens.cpu().numpy(), split.incoming[rows]).valid.mean())
+
+
+def decode_split(cfg, split, decoder, desc):
+    """Runs decoder(prompt, rows) -> tokens (n, R), forwards (n,) over a split, in batches.
+
+    -> tokens (N, R) int64, forwards (N,), arrays."""
+    def part(start):
+        rows = range(start, min(len(split), start + BATCH))
+        prompt, _ = tensors(split, rows, device_of(cfg))
+        tokens, forwards = decoder(prompt, rows)
+        return tokens.cpu().numpy(), forwards.cpu().numpy()
+
+    starts = tqdm(range(0, len(split), BATCH), desc=desc, leave=False, disable=RANK > 0)
+    tokens, forwards = zip(*shared_map(part, starts))
+    return np.concatenate(tokens), np.concatenate(forwards)
