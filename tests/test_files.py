@@ -4,14 +4,15 @@ import http.server
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
 
-import amazon
-from config import UserError
+from beauty import amazon
+from plumbing.settings import UserError
 
 REVIEWS, META = amazon.RAW_LIMITS
 ITEMS = "item_id\tasin\tbrand\tcategories\n" \
@@ -28,7 +29,8 @@ def prepared(folder, items=ITEMS, sequences=SEQUENCES):
 
 
 def review(user, asin, time):
-    return json.dumps({"reviewerID": user, "asin": asin, "reviewText": "ünï\ttext", "unixReviewTime": time})
+    return json.dumps({"reviewerID": user, "asin": asin, "reviewText": "ünï\ttext",
+                       "unixReviewTime": time})
 
 
 def raw(folder, reviews, metas):
@@ -42,8 +44,11 @@ def raw(folder, reviews, metas):
 def small_raw(folder, extra=()):
     """5 users with 5 items, file sorted by item as the real one; 5 brands Big, one Rare."""
     reviews = [review(f"U{u}", f"A{i}", 100 - i) for i in range(5) for u in range(5)]
-    metas = [repr({"asin": f"A{i}", "brand": "Rare" if i == 4 else "Big", "related": {"also_bought": ["A0"]},
-                   "categories": [["Beauty", "Makeup", "Odd" if i == 2 else "Lips & Co", "Deep"]]}) for i in range(5)]
+    metas = []
+    for i in range(5):
+        path = ["Beauty", "Makeup", "Odd" if i == 2 else "Lips & Co", "Deep"]
+        metas.append(repr({"asin": f"A{i}", "brand": "Rare" if i == 4 else "Big",
+                           "related": {"also_bought": ["A0"]}, "categories": [path]}))
     metas += [repr({"asin": "NOT", "brand": "Big", "categories": [["Beauty", "Odd"]] * 9})]
     return raw(folder, reviews, metas + list(extra))
 
@@ -66,12 +71,16 @@ def test_read(tmp_path):
     assert source == "prepared files" and n_skipped == 1 and len(items) == 4
     assert all(s.dtype == np.int64 for s in sequences)
     named = sorted([items[i] for i in s] for s in sequences)
-    a, b, c, d = ("OPI", ("Makeup", "Nails")), ("", ("Skin Care",)), ("OPI", ("Skin Care", "Face")), ("", ("X",))
+    a, b = ("OPI", ("Makeup", "Nails")), ("", ("Skin Care",))
+    c, d = ("OPI", ("Skin Care", "Face")), ("", ("X",))
     assert named == sorted([[a, b, c], [d, c, b, a]])
-    assert names.keys() == {"1", "2", "3", "4", "A1", "A2", "A3", "A4"} and all(names[i] == names["A" + i] for i in "1234")
+    assert names.keys() == {"1", "2", "3", "4", "A1", "A2", "A3", "A4"}
+    assert all(names[i] == names["A" + i] for i in "1234")
     assert [items[names[i]] for i in "1234"] == [a, b, c, d]
     again = amazon.read_beauty(str(tmp_path))
     assert again[1] == items and all(np.array_equal(x, y) for x, y in zip(again[0], sequences))
+    own = prepared(tmp_path / "own", ITEMS.replace("\tA3\t", "\t3\t"))  # an asin may be its own id
+    assert amazon.read_beauty(own)[4].keys() == {"1", "2", "3", "4", "A1", "A2", "A4"}
     (tmp_path / "source.txt").write_text("converted from X\n")
     assert amazon.read_beauty(str(tmp_path))[2] == "converted from X"
 
@@ -80,11 +89,13 @@ def test_read_hides_the_id_order(tmp_path):
     n = 300
     items = "".join(f"{i}\tA{i}\tB{i}\tC\n" for i in range(1, n + 1))
     sequences = "".join(f"{u} {u} {u + 1} {u + 2}\n" for u in range(1, n - 1))
-    sequences, items, *_ = amazon.read_beauty(prepared(tmp_path, "\t".join(amazon.HEADER) + "\n" + items, sequences))
+    items = "\t".join(amazon.HEADER) + "\n" + items
+    sequences, items, *_ = amazon.read_beauty(prepared(tmp_path, items, sequences))
     old = np.array([int(brand[1:]) for brand, _ in items])
     assert sorted(old) == list(range(1, n + 1))
     first = np.array([old[s[0]] for s in sequences])
-    assert abs(np.corrcoef(old, np.arange(n))[0, 1]) < 0.2 and abs(np.corrcoef(first, np.arange(n - 2))[0, 1]) < 0.2
+    assert abs(np.corrcoef(old, np.arange(n))[0, 1]) < 0.2
+    assert abs(np.corrcoef(first, np.arange(n - 2))[0, 1]) < 0.2
     assert all(old[s].tolist() == [u, u + 1, u + 2] for s, u in zip(sequences, first))
 
 
@@ -99,6 +110,9 @@ def test_read_hides_the_id_order(tmp_path):
     (ITEMS + "5\tA5\t\tA >  > B\n", SEQUENCES, "items.tsv, line 6: expected 4 tab-separated"),
     (ITEMS + "-5\tA5\t\tA\n", SEQUENCES, "items.tsv, line 6: expected 4 tab-separated"),
     (ITEMS + "2\tA5\t\tA\n", SEQUENCES, "items.tsv, line 6: item id 2 is there twice"),
+    (ITEMS + "5\tA2\t\tA\n", SEQUENCES, "items.tsv, line 6: asin A2 is there twice"),
+    (ITEMS + "5\t A2 \t\tA\n", SEQUENCES, "items.tsv, line 6: asin A2 is there twice"),
+    (ITEMS + "5\t3\t\tA\n", SEQUENCES, "3 is the id of one item and the asin of another"),
     (ITEMS.encode() + b"5\tA5\t\xff\tA\n", SEQUENCES, "items.tsv, line 6: the text is not UTF-8"),
     (ITEMS, SEQUENCES + "4 1 9 3\n", "sequences.txt, line 4: items.tsv lacks item 9"),
     (ITEMS, SEQUENCES + "4", "sequences.txt, line 4: expected a user id and its item ids"),
@@ -125,30 +139,37 @@ def test_missing_folder(tmp_path):
 
 def test_convert(tmp_path):
     amazon.convert_raw(small_raw(tmp_path / "raw"), str(tmp_path / "out"))
-    # Users read A4 first (time 96), so it is item 1; its brand and the part Odd are rare, and rare parts are left out.
-    assert read(tmp_path / "out", "sequences.txt") == "".join(f"{u} 1 2 3 4 5\n" for u in range(1, 6))
+    # Users read A4 first (time 96), so it is item 1. Its brand and the part Odd are rare, and rare
+    # parts are left out.
+    expected = "".join(f"{u} 1 2 3 4 5\n" for u in range(1, 6))
+    assert read(tmp_path / "out", "sequences.txt") == expected
     lines = read(tmp_path / "out", "items.tsv").splitlines()
     assert lines[0] == "item_id\tasin\tbrand\tcategories" and lines[1] == "1\tA4\t\tMakeup > Deep"
     assert read(tmp_path / "out", "source.txt") == f"converted from {REVIEWS} and {META}\n"
     assert sorted(os.listdir(tmp_path / "out")) == ["items.tsv", "sequences.txt", "source.txt"]
     sequences, items, source, n_skipped, _ = amazon.read_beauty(str(tmp_path / "out"))
-    assert len(sequences) == 5 and len(items) == 5 and source.startswith("converted from") and n_skipped == 0
+    assert len(sequences) == 5 and len(items) == 5 and n_skipped == 0
+    assert source.startswith("converted from")
 
 
 def test_convert_keeps_ties_in_file_order_and_users_by_appearance(tmp_path):
-    reviews = [review("Z", "C", 5), review("A", "D", 1), review("Z", "B", 5), review("Z", "A", 1), review("A", "B", 1)]
+    reviews = [review("Z", "C", 5), review("A", "D", 1), review("Z", "B", 5), review("Z", "A", 1),
+               review("A", "B", 1)]
     amazon.convert_raw(raw(tmp_path / "raw", reviews, ["{'asin': 'Q'}"]), str(tmp_path))
-    assert read(tmp_path, "sequences.txt") == "1 1 2 3\n2 4 3\n"  # Z: A, then C before B as in the file; then A
-    assert read(tmp_path, "items.tsv").splitlines()[1:] == [f"{i}\t{a}\t\tUnknown" for i, a in enumerate("ACBD", 1)]
+    # User Z: A, then C before B as in the file; then user A.
+    assert read(tmp_path, "sequences.txt") == "1 1 2 3\n2 4 3\n"
+    expected = [f"{i}\t{a}\t\tUnknown" for i, a in enumerate("ACBD", 1)]
+    assert read(tmp_path, "items.tsv").splitlines()[1:] == expected
 
 
 def test_convert_attributes(tmp_path):
     asins = [f"A{i}" for i in range(6)]
     two = [["Beauty", "Tools", "Bags"], ["Clothing", "Luggage"]]
     metas = [{"asin": a, "brand": " Dolce &amp;\tGab\nbana ", "categories": two} for a in asins[:5]]
-    metas += [{"asin": "A5", "brand": "Luggage", "categories": [["Beauty"]]}]  # its name is common as a category
-    out = tmp_path / "out"
-    amazon.convert_raw(raw(tmp_path / "raw", [review("U", a, 1) for a in asins], map(repr, metas)), str(out))
+    # The name of this brand is common as a category.
+    metas += [{"asin": "A5", "brand": "Luggage", "categories": [["Beauty"]]}]
+    out, reviews = tmp_path / "out", [review("U", a, 1) for a in asins]
+    amazon.convert_raw(raw(tmp_path / "raw", reviews, map(repr, metas)), str(out))
     rows = [line.split("\t") for line in read(out, "items.tsv").splitlines()[1:]]
     assert rows[0] == ["1", "A0", "Dolce & Gab bana", "Tools > Bags > Luggage"]
     assert rows[5] == ["6", "A5", "Luggage", "Unknown"]
@@ -157,30 +178,36 @@ def test_convert_attributes(tmp_path):
 def test_convert_drops_what_is_seen_4_times(tmp_path):
     asins = [f"A{i}" for i in range(4)]
     metas = [repr({"asin": a, "brand": "B", "categories": [["Beauty", "M"]]}) for a in asins]
-    amazon.convert_raw(raw(tmp_path / "raw", [review("U", a, 1) for a in asins], metas), str(tmp_path))
-    assert all(line.endswith("\t\tUnknown") for line in read(tmp_path, "items.tsv").splitlines()[1:])
+    reviews = [review("U", a, 1) for a in asins]
+    amazon.convert_raw(raw(tmp_path / "raw", reviews, metas), str(tmp_path))
+    lines = read(tmp_path, "items.tsv").splitlines()[1:]
+    assert len(lines) == 4 and all(line.endswith("\t\tUnknown") for line in lines)
 
 
 EVIL = "__import__('os').system('touch {}')"
 
 
-@pytest.mark.parametrize("line", [EVIL, "{{'asin': 'A1', 'brand': " + EVIL + "}}", "{{'asin': 'A1'", "('asin': 'A1')",
-                                  "{{'asin': 'A1', 'categories': [['Beauty', 3]]}}",
-                                  "{{'asin': 'A1', 'categories': ['Beauty']}}",
-                                  "{{'asin': 'A1', 'brand': 7}}", "['A1']", "", "-" * 10**5 + "1", "1" + "+1" * 10**5])
+@pytest.mark.parametrize("line", [
+    EVIL, "{{'asin': 'A1', 'brand': " + EVIL + "}}", "{{'asin': 'A1'", "('asin': 'A1')",
+    "{{'asin': 'A1', 'categories': [['Beauty', 3]]}}", "{{'asin': 'A1', 'categories': ['Beauty']}}",
+    "{{'asin': 'A1', 'brand': 7}}", "['A1']", "", "-" * 10**5 + "1", "1" + "+1" * 10**5])
 def test_bad_meta_line_is_named_and_never_run(tmp_path, line):
     proof = tmp_path / "proof"
     prepared(tmp_path / "out")
-    message = error_of(amazon.convert_raw, small_raw(tmp_path / "raw", [line.format(proof)]), str(tmp_path / "out"))
+    folder = small_raw(tmp_path / "raw", [line.format(proof)])
+    message = error_of(amazon.convert_raw, folder, str(tmp_path / "out"))
     assert f"{META}, line 7: expected a Python literal" in message and not proof.exists()
     assert read(tmp_path / "out", "items.tsv") == ITEMS and len(os.listdir(tmp_path / "out")) == 2
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "7", "", '{"reviewerID": "U", "asin": "A1"}', review("U", "A\t1", 3),
-                                  review("U 1", "A1", 3), review("U", "A1", "3"), review("U", None, 3), "[" * 10**5])
+@pytest.mark.parametrize("line", [
+    "{", "[]", "7", "", '{"reviewerID": "U", "asin": "A1"}', review("U", "A\t1", 3),
+    review("U 1", "A1", 3), review("U", "A1", "3"), review("U", None, 3), "[" * 10**5])
 def test_bad_review_line_is_named(tmp_path, line):
-    message = error_of(amazon.convert_raw, raw(tmp_path, [review("U", "A1", 1), line], []), str(tmp_path / "out"))
-    assert f"{REVIEWS}, line 2: expected a JSON object" in message and not (tmp_path / "out").exists()
+    folder = raw(tmp_path, [review("U", "A1", 1), line], [])
+    message = error_of(amazon.convert_raw, folder, str(tmp_path / "out"))
+    assert f"{REVIEWS}, line 2: expected a JSON object" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", [REVIEWS, META])
@@ -188,9 +215,12 @@ def test_damaged_gzip(tmp_path, name, monkeypatch):
     folder, out = small_raw(tmp_path / "raw"), prepared(tmp_path / "out")
     path = tmp_path / "raw" / name
     whole = path.read_bytes()
-    for content, expected in ((whole[:-12], "cut off"), (b"not gzip", "line 1: the file is cut off or unreadable"),
-                              (whole[:30] + b"\xff" * 20 + whole[50:], "cut off"), (b"", "is empty"),
-                              (None, "is missing")):
+    for content, expected in (
+            (whole[:-12], "cut off"),
+            (b"not gzip", "line 1: the file is cut off or unreadable"),
+            (whole[:30] + b"\xff" * 20 + whole[50:], "cut off"),
+            (b"", "is empty"),
+            (None, "is missing")):
         path.unlink() if content is None else path.write_bytes(content)
         message = error_of(amazon.convert_raw, folder, out)
         assert name in message and expected in message and "--convert" in message
@@ -204,9 +234,13 @@ def test_a_failed_check_or_write_leaves_the_old_files(tmp_path, monkeypatch):
     folder, out = small_raw(tmp_path / "raw"), prepared(tmp_path / "out")
     message = error_of(amazon.convert_raw, folder, out, amazon.check_counts)
     assert "(5, 25, 5)" in message and "(22363, 198502, 12101)" in message
-    monkeypatch.setattr(amazon.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+
+    def disk_full(*_):
+        raise OSError("disk full")
+    monkeypatch.setattr(amazon.os, "replace", disk_full)
     assert "disk full" in error_of(amazon.convert_raw, folder, out)
-    assert sorted(os.listdir(out)) == ["items.tsv", "sequences.txt"] and read(tmp_path / "out", "items.tsv") == ITEMS
+    assert sorted(os.listdir(out)) == ["items.tsv", "sequences.txt"]
+    assert read(tmp_path / "out", "items.tsv") == ITEMS
 
 
 def test_check_counts(tmp_path, monkeypatch):
@@ -226,7 +260,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if server.ranges and start:
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start + server.shift}-{len(content) - 1}/{len(content)}")
+            size = len(content)
+            self.send_header("Content-Range", f"bytes {start + server.shift}-{size - 1}/{size}")
         else:
             self.send_response(200)
             start = 0
@@ -243,8 +278,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.ranges, server.length, server.shift, server.cut = os.urandom(300_000), True, True, 0, 0
-    server.requests = []
+    server.content, server.requests = os.urandom(300_000), []
+    server.ranges, server.length = True, True
+    server.shift, server.cut = 0, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(amazon, "BASE_URL", f"http://127.0.0.1:{server.server_port}/")
@@ -307,10 +343,23 @@ def test_main(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", prepared(tmp_path)])
     amazon.main()
     assert "2 users, 7 interactions, 4 items; 1 users" in capsys.readouterr().out
+    command = [sys.executable, amazon.__file__, "--data_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0 and "2 users, 7 interactions, 4 items; 1 users" in done.stdout
     monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", str(tmp_path), "--convert"])
     with pytest.raises(SystemExit) as info:
         amazon.main()
     assert info.value.code == 2 and REVIEWS in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(amazon, "download_raw", stopped)
+    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", str(tmp_path), "--download"])
+    with pytest.raises(SystemExit) as info:
+        amazon.main()
+    assert info.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_main_convert(tmp_path, monkeypatch, capsys):
