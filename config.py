@@ -2,8 +2,8 @@
 
     python train_cft.py --config small --cft_lr 0.0005 --seed 1
 
-Settings marked "ours" belong to what the paper does not have (ours.py); at the value in brackets
-they are off, and the paper's recipe is left.
+Settings marked "ours" belong to what the paper does not have (the folder ours/). At the values in
+brackets, which PAPER collects, they are off, and the paper's recipe is left.
 """
 import dataclasses
 import os
@@ -56,7 +56,7 @@ class Config:
     # AR: the teacher
     ar_steps: Whole(0, MANY) = 2500
     ar_lr: Real(0, 1) = 2e-3
-    ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of answers with moved labels, at the end
+    ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of full lists whose labels move, at the end
 
     # The sampler: how student and blocks are served, chosen on validation users
     block_size: Whole(1, 1024) = 16  # B, tokens denoised in parallel, in training too
@@ -72,7 +72,7 @@ class Config:
     cft_pairs: Switch() = True     # ours [false]: a second copy masks what the first one shows
     cft_first_step: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
     cft_answer_states: Whole(0, 64) = 2  # ours [0]: further noised copies of the answer's blocks
-    cft_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of answers with moved labels
+    cft_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of full lists whose labels move
     cft_penalty: Real(0) = 0.0     # ours [0]: price on labels that the answer shows already
 
     # OPD: on-policy distillation
@@ -156,6 +156,19 @@ PRESETS = {
         rl_lr=1e-4,
         rl_prompts=16),
 }
+PAPER = dict(
+    ar_misplace=0,
+    commit="threshold",
+    cft_pairs=False,
+    cft_first_step=0,
+    cft_answer_states=0,
+    cft_misplace=0,
+    cft_penalty=0,
+    opd_anchor=0,
+    opd_answer_states=0,
+    opd_exclude=False,
+    rl_anchor=0)
+
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the weights of the one before
 # Settings that change no weight. (Of teacher and init, which name files, the weights count.)
 RUNTIME = {"run_dir", "threads", "device", "fast", "data_dir", "every", "n_val", "n_test",

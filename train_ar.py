@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data import PAD, draw_batch, in_answer, tensors, token_weights
 from model import ar_decode, causal_hidden
-from ours import best_left, misplaced
+from ours.labels import best_left, misplaced
 from plumbing.checkpoint import device_of, start_from
 from plumbing.settings import UserError
 from trainer import Run, autocast, load_world, rng_for, valid_rate

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from data import MASK, PAD, draw_batch, tensors, token_weights
 from diffusion import draw_noise, every_block, fill_last_block, predict_blocks, take_blocks
-from ours import (answer_blocks, complementary_pairs, extend, first_steps, misplaced,
-                  price_of_taken, share_weight, what_is_left)
+from ours.labels import extend, misplaced, price_of_taken, what_is_left
+from ours.states import answer_blocks, complementary_pairs, first_steps, share_weight
 from plumbing.checkpoint import device_of, start_from
 from plumbing.teacher import teacher_responses
 from trainer import Run, autocast, decode, load_world, rng_for, valid_rate
@@ -45,18 +45,33 @@ def cft_batch(cfg, world, responses, rng):
     return prompt, response[:, :longest]
 
 
+def draw_states(cfg, response, filled, rng):
+    """The states in which the blocks of a batch are shown: which block each is a copy of (N, M),
+    which of its slots are masked (N, M, B), and the loss weight of each slot (N, M, B).
+
+    response (N, R), filled (N, R') the same in whole blocks. The paper shows every block once."""
+    block = every_block(filled, cfg.block_size)
+    extra = answer_blocks(response, cfg.block_size, cfg.cft_answer_states)  # ours
+    block = torch.cat((block, extra), dim=1)                      # ours
+    masked, weight = draw_noise(block, cfg.block_size, rng)
+    masked, weight = first_steps(masked, weight, cfg.cft_first_step, rng)  # ours
+    weight = share_weight(block, weight)                          # ours
+    if cfg.cft_pairs:                                             # ours
+        block, masked, weight = complementary_pairs(block, masked, weight)
+    return block, masked, weight
+
+
 def cft_loss(cfg, model, prompt, response, rng):
     """The masked-diffusion loss in nats a token, a scalar; also the anchor of OPD and RL.
 
-    -log p(y) <= sum over blocks of  -log p(first token | clean past)
-                                     + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
+    -log p(y) <= sum over blocks of -log p(first token | clean past)
+                            + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
     (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes with the token shift.) Without our lines
     and at answer_weight 1 it is an unbiased estimate of this bound; at block size 1, the AR loss.
     prompt (N, P) padded on the left, response (N, R) padded on the right."""
     B = cfg.block_size
     shown_slot = misplaced(response, cfg.cft_misplace, rng)       # ours: (N, R)
     weight = token_weights(response, cfg.answer_weight)           # (N, R)
-    extra = answer_blocks(response, B, cfg.cft_answer_states)     # ours: (N, E)
 
     # Whole blocks. The [EOS] that fill up the last one weigh as a trace token does.
     filled, in_block = fill_last_block(response, B)               # (N, R')
@@ -66,15 +81,8 @@ def cft_loss(cfg, model, prompt, response, rng):
     shown_slot = extend(shown_slot, more)                         # ours: (N, R')
     shown = filled.gather(1, shown_slot)                          # the paper: filled
 
-    # 1. Draw the states: every block once, some of its slots masked.
-    block = every_block(filled, B)                                # (N, M)
-    block = torch.cat((block, extra), dim=1)                      # ours
-    masked, state_weight = draw_noise(block, B, rng)              # (N, M, B)
-    masked, state_weight = first_steps(masked, state_weight, cfg.cft_first_step, rng)  # ours
-    state_weight = share_weight(block, state_weight)              # ours
-    if cfg.cft_pairs:                                             # ours
-        block, masked, state_weight = complementary_pairs(block, masked, state_weight)
-    masked = masked & take_blocks(in_block, block, B)
+    # 1. Draw the states: copies of the blocks, with some slots masked.
+    block, masked, state_weight = draw_states(cfg, response, filled, rng)
 
     # 2. Show them.
     noised = torch.where(masked, MASK, take_blocks(shown, block, B))  # (N, M, B)

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from data import PAD, draw_batch, tensors, token_weights
 from diffusion import decode_states, every_block, predict_blocks, take_blocks
 from model import causal_hidden
-from ours import answer_blocks, exclude_shown, state_weights
+from ours.labels import exclude_shown
+from ours.states import answer_blocks, state_weights
 from plumbing.checkpoint import device_of, load_stage, start_from
 from sampler import NEVER
 from trainer import Run, autocast, load_world, rng_for, roll_out, valid_rate
@@ -59,7 +60,7 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
 
 
-def draw_states(decoded, block, block_size, rng):
+def draw_steps(decoded, block, block_size, rng):
     """A step of each block (N, M), uniform among those that the sampler took there: (N, M)."""
     step = take_blocks(decoded.commit_step, block, block_size)    # (N, M, B)
     last = step.masked_fill(step == NEVER, -1).amax(-1)           # (N, M)
@@ -80,7 +81,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     block = every_block(tokens, B)                                # (N, M)
     extra = answer_blocks(tokens, B, cfg.opd_answer_states)       # ours: more of the answer
     block = torch.cat((block, extra), dim=1)                      # ours
-    step = draw_states(decoded, block, B, rng)
+    step = draw_steps(decoded, block, B, rng)
     noised, open_ = decode_states(decoded, block, step, B)        # (N, M, B)
 
     # 2. Scored are the slots still masked there, and first ones, from the clean text.

@@ -25,6 +25,7 @@ import torch
 from data import PAD, draw_batch, parse_answers, tensors
 from diffusion import replay_logp
 from plumbing.checkpoint import device_of, start_from
+from plumbing.settings import UserError
 from trainer import Run, autocast, load_world, rng_for, roll_out
 from train_cft import cft_batch, cft_loss, training_responses, validate
 
@@ -124,6 +125,9 @@ def main(cfg):
     run = Run(cfg, "rl", model, world)
     responses = training_responses(cfg, world)
     with_target = np.flatnonzero(world.train.target >= 0)
+    if not len(with_target):
+        raise UserError("no training list holds its target, so there is nothing to reward: use a "
+                        "larger --n_train")
 
     def anchor():
         batch = cft_batch(cfg, world, responses, rng)

@@ -11,7 +11,7 @@ import fast.decode  # noqa: F401  the quick twins register themselves
 from beauty.world import beauty_world
 from data import parse_answers, tensors
 from model import Sampling
-from ours import Apart, label_range
+from ours.commit import Apart, label_range
 from plumbing.checkpoint import (checkpoint_path, device_of, locked, log_path, open_log, resume,
                                  save_run)
 from plumbing.processes import (RANK, mean_gradients, share_rows, shared_decode,
@@ -53,13 +53,14 @@ def autocast(cfg, device):
 
 # --- The loop around a stage's own loss -------------------------------------------------------
 
-def optimizer_of(model):
+def optimizer_of(model, lr):
     """AdamW; only matrices decay."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY},
-              {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=matrices[0].is_cuda)
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), fused=matrices[0].is_cuda)
 
 
 class Run:
@@ -76,7 +77,7 @@ class Run:
         self.peak_lr = getattr(cfg, f"{stage}_lr")
         self.n_steps = getattr(cfg, f"{stage}_steps")
         self.path = checkpoint_path(cfg, stage)
-        self.optimizer = optimizer_of(model)
+        self.optimizer = optimizer_of(model, self.peak_lr)
         self.shown = {}  # in the bar
         resume(self)     # sets self.first, self.seconds, self.finished
         share_rows(model)
@@ -167,6 +168,9 @@ def roll_out(cfg, model, prompt, max_len, tau, rng):
     rule = Threshold(tau) if cfg.commit == "threshold" else Apart(tau, ROLL_OUT_CLASH)
 
     def decoder(prompt, rng):
+        if prompt.is_cuda:  # torch draws on a GPU with a generator of the GPU's only
+            seed = int(torch.randint(2 ** 62, (), generator=rng))
+            rng = torch.Generator(prompt.device).manual_seed(seed)
         return block_decode(model, prompt, max_len, cfg.block_size, rule, Sampling(1.0, rng))
     return shared_decode(decoder, prompt, rng)
 

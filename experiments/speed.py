@@ -1,116 +1,169 @@
-"""Everything about speed, measured in one run on one machine: the student against AR, against peers, and as work grows.
+"""Everything about speed, measured in one run on one machine.
 
     python experiments/speed.py --config small --threads 2    # about 7 minutes on 2 CPU cores
-    python experiments/speed.py --config small --beside "answer-only=runs/answer_only/small:ar"   # its latency too
+    python experiments/speed.py --config small --beside "answer-only=runs/answer_only/small:ar"
 
-Reads the checkpoints of the run and writes speed.json, speed.md and cost.png beside its report. Decoders run in turn on the
-same prompts, round after round (the first warms up); a ratio is the median over rounds of seconds a token. Tokens count up to
-[EOS], times are of whole decodes, the prompt's forward included. --eval_speed_seconds bounds every measurement.
+The student against AR, against peers (peers.py), and as work grows; what training steps cost
+(training.py); with --beside, the latency of AR models of other runs. Reads the checkpoints of the
+run and writes speed.json, speed.md and cost.png beside its report. Decoders run in turn on the
+same prompts, round after round (the first warms up); a ratio is the median over rounds of seconds
+a token. Tokens count up to [EOS], times are of whole decodes, the prompt's forward included.
 """
-import dataclasses
-import json
-import math
 import os
-import subprocess
 import sys
-import time
-
-import numpy as np
-import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from common import (decode_split, device_of, last_student, load_stage, new_model, save_atomically, script, serve,  # noqa: E402
-                    start_from)
-from config import folder  # noqa: E402
-from data import ANSWER, LABEL, NONE, PROFILE, load_world, tensors  # noqa: E402
-from sampler import block_decode  # noqa: E402
-from evaluate import device_name, in_turn, parse_beside, prompts_of_round, score, stage_decoder  # noqa: E402
-from model import EOS, GPT, PAD, KVCache, ar_decode  # noqa: E402
+from plumbing.script import script  # noqa: E402  first: it sets how threads wait
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import peers  # noqa: E402
+from config import MANY, folder  # noqa: E402
+from data import ANSWER, EOS, LABEL, NONE, PAD, PROFILE, tensors  # noqa: E402
+from evaluate import score, stage_decoder  # noqa: E402
+from fast.gpt import FastGPT, SlotCache  # noqa: E402
+from model import ar_decode  # noqa: E402
+from plumbing.checkpoint import (device_of, last_student, load_stage, new_model,  # noqa: E402
+                                 save_atomically, start_from)
+from plumbing.settings import Numbers, Real, Text, UserError, Whole  # noqa: E402
+from report.beside import parse_beside  # noqa: E402
+from report.rows import write_json, write_text  # noqa: E402
+from report.speed import device_name, in_turn, prompts_of_round  # noqa: E402
+from rules import Steps  # noqa: E402
+from sampler import block_decode  # noqa: E402
+from speed_table import figure, markdown  # noqa: E402
+from trainer import decode, decode_split, load_world  # noqa: E402
 from training import training  # noqa: E402
 
 BATCHES, LENGTHS, BLOCKS = (1, 4, 16, 64, 256), (64, 128, 256, 512, 1024), (4, 8, 16, 32)
+TIMED = (1, 8, 64)  # batches of the real student
 
 
-# --- Clocks ----------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Options:
+    eval_speed_seconds: Real(0, 3600) = 4.0  # bounds every measurement, some at a multiple
+    eval_taus: Numbers(above=0, high=1) = (0.3, 0.7, 0.9, 1.0)  # of the student, beside its own
+    eval_curve_users: Whole(1, MANY) = 400  # test users whose answers are counted at those
+    beside: Text() = ""  # AR models of other runs: name=folder:ar, with commas
+
+    PRESETS = {"small": dict(eval_curve_users=300, eval_taus=(0.2, 0.7, 0.9, 1.0)),
+               "full": dict(eval_curve_users=1000, eval_taus=(0.9, 0.95, 1.0))}
+
+
+# --- Clocks -----------------------------------------------------------------------------------
 
 def ratio(taken, a, b):
     """Median over rounds of (seconds a token of a) / (seconds a token of b)."""
-    cost = lambda name: taken[name][:, 0] / taken[name][:, 1]
-    return float(np.median(cost(a) / cost(b)))
+    cost = {name: taken[name][:, 0] / taken[name][:, 1] for name in (a, b)}
+    return float(np.median(cost[a] / cost[b]))
 
 
-def clock(cfg, world, share=1.0):
-    """measure({name: decode(prompt)}, batch): in_turn on test prompts, others every round, for that share of eval_speed_seconds;
-    the prompts are among the texts."""
-    prompt = lambda i, n: prompts_of_round(cfg, world, i, n)
+def clock(cfg, world, seconds):
+    """measure({name: decode(prompt)}, batch) for about so many seconds: in_turn on test prompts,
+    others every round. Returns the timings and the texts, the prompts among them."""
+    def prompt(i, batch):
+        return prompts_of_round(cfg, world, i, batch)
 
     def measure(jobs, batch):
-        taken, texts = in_turn({name: lambda i, f=f: f(prompt(i, batch)) for name, f in jobs.items()}, share * cfg.eval_speed_seconds)
-        return taken, texts | {"prompt": [prompt(i + 1, batch) for i in range(len(next(iter(taken.values()))))]}
+        def job(decoder):
+            return lambda i: decoder(prompt(i, batch))
+
+        taken, texts = in_turn({name: job(decoder) for name, decoder in jobs.items()}, seconds)
+        rounds = len(next(iter(taken.values())))
+        texts["prompt"] = [prompt(i + 1, batch) for i in range(rounds)]
+        return taken, texts
     return measure
 
 
 @torch.no_grad()
 def forward_seconds(cfg, model, batch, widths, n_keys, seconds):
-    """Median seconds of bare forwards over a cache of n_keys slots, with the logits that a decoder asks for: {width: seconds}."""
-    device, cache = device_of(cfg), KVCache(model, batch, n_keys)
+    """Median seconds of bare forwards over a cache of n_keys slots, with the logits that a decoder
+    asks for: {width: seconds}."""
+    device, cache = device_of(cfg), SlotCache(model, batch, n_keys)
 
     def forward(width):
-        tokens, slots = torch.full((batch, width), LABEL, device=device), slice(n_keys - width, n_keys)
+        tokens = torch.full((batch, width), LABEL, device=device)
+        slots = slice(n_keys - width, n_keys)
         mask = torch.ones(1, 1, width, n_keys, dtype=torch.bool, device=device)
-        position = torch.arange(n_keys, device=device)[None, slots].expand(batch, -1)
-        return lambda _: model.logits(model(tokens, position, mask, cache, slots, n_keys, last=min(width, cfg.block_size))).argmax(-1)
-    taken, _ = in_turn({w: forward(w) for w in widths}, seconds)
-    return {w: float(np.median(t[:, 0])) for w, t in taken.items()}
+        positions = torch.arange(n_keys, device=device)[None, slots].expand(batch, -1)
+        last = min(width, cfg.block_size)
+
+        def run(_):
+            hidden = model(tokens, positions, mask, cache, slots, n_keys, last=last)
+            return model.logits(hidden).argmax(-1)
+        return run
+
+    taken, _ = in_turn({width: forward(width) for width in widths}, seconds)
+    return {width: float(np.median(rounds[:, 0])) for width, rounds in taken.items()}
 
 
-# --- What is counted -------------------------------------------------------------------------------------------------------
+# --- What is counted --------------------------------------------------------------------------
 
 def evidence_tokens(tokens, n_labels):
-    """Evidence tokens of responses (N, R) -> (N,): what stands before <answer> and is no label and no template word. Labels and
-    <profile> stand where the prompt's order puts them, so a decoder gets them for nothing."""
+    """Evidence tokens of responses (N, R) -> (N,): what stands before <answer> and is no label and
+    no template word. Labels and <profile> follow from the prompt's order: a decoder gets them for
+    nothing."""
     before = np.cumsum((tokens == ANSWER) | (tokens == EOS), axis=1) == 0
     label = (tokens >= LABEL) & (tokens < LABEL + n_labels)
     return (before & ~label & ~np.isin(tokens, (PROFILE, NONE, PAD))).sum(1)
 
 
 def counts(cfg, world, model, users=None):
-    """What the student writes at the operating point, for the first users: tokens and evidence tokens a forward, forwards a response, share of valid answers."""
+    """What the student writes at the operating point, for the first users: tokens and evidence
+    tokens a forward, forwards a response, share of valid answers."""
     split = world.test.take(slice(0, users))
-    tokens, forwards = decode_split(cfg, split, stage_decoder(cfg, world, model, "student", cfg.tau),
+    decoder = stage_decoder(cfg, world, model, "student", cfg.tau)
+    tokens, forwards = decode_split(cfg, split, decoder,
                                     f"block size {cfg.block_size}, tau {cfg.tau}")
-    written, n = score(world, split, tokens, forwards), forwards.sum()
-    return {"n_users": len(split), "tokens_per_forward": float((tokens != PAD).sum() / n),
-            "evidence_tokens_per_forward": float(evidence_tokens(tokens, world.n_labels).sum() / n), "forwards_per_response": float(forwards.mean()),
-            "tokens_per_response": float((tokens != PAD).sum(1).mean()), "blocks_per_response": float((-(-(tokens != PAD).sum(1) // cfg.block_size)).mean()),
-            "valid": float(written["valid"].mean())}
+    written = (tokens != PAD).sum(1)                              # (N,)
+    blocks = -(-written // cfg.block_size)
+    n = forwards.sum()
+    return {"n_users": len(split), "tokens_per_forward": float(written.sum() / n),
+            "evidence_tokens_per_forward":
+                float(evidence_tokens(tokens, world.n_labels).sum() / n),
+            "forwards_per_response": float(forwards.mean()),
+            "tokens_per_response": float(written.mean()),
+            "blocks_per_response": float(blocks.mean()),
+            "valid": float(score(world, split, tokens, forwards)["valid"].mean())}
 
 
-def efficiency(cfg, model, P, count, speedup):
-    """How much of what the forwards alone would give is achieved at batch 1: speedup / (tokens a forward / cost of a forward).
+def efficiency(cfg, model, P, count, speedup, seconds):
+    """How much of what the forwards alone would give is achieved at batch 1:
+    speedup / (tokens a forward / cost of a forward).
 
-    The cost is the mean measured time of the student's bare forwards over that of AR's, each width as often as it occurs in
-    a response: P + B or P once (the prompt), 2 B where a block opens and stores the one before, B inside a block, 1 in AR. On a GPU
-    the window is always 2 B wide."""
-    B, L, F, blocks = cfg.block_size, *(count[k + "_per_response"] for k in ("tokens", "forwards", "blocks"))
-    t = forward_seconds(cfg, model, 1, (1, B, 2 * B, P, P + B), P + B + int(L), cfg.eval_speed_seconds)
+    The cost is the mean measured time of the student's bare forwards over that of AR's, each width
+    as often as it occurs in a response: P + B or P once (the prompt), 2 B where a block opens and
+    stores the one before, B inside a block, 1 in AR. On a GPU the window is always 2 B wide."""
+    B = cfg.block_size
+    L, F, blocks = (count[f"{name}_per_response"] for name in ("tokens", "forwards", "blocks"))
+    t = forward_seconds(cfg, model, 1, (1, B, 2 * B, P, P + B), P + B + int(L), seconds)
     inside = 0 if device_of(cfg).type == "cuda" else F - blocks
     student = (t[P + B] + (F - 1 - inside) * t[2 * B] + inside * t[B]) / F
     ar = (t[P] + (L - 1) * t[1]) / L
     cost = student / ar
-    return {"efficiency_b1": speedup / (count["tokens_per_forward"] / cost), "cost_ratio": cost, "cost_ratio_block_to_1": t[B] / t[1],
-            "forward_ms_b1": {str(w): 1000 * s for w, s in t.items()}, "bare_ms": {"ar": 1000 * ar * L, "student": 1000 * student * F}}
+    return {"efficiency_b1": speedup / (count["tokens_per_forward"] / cost), "cost_ratio": cost,
+            "cost_ratio_block_to_1": t[B] / t[1],
+            "forward_ms_b1": {str(width): 1000 * s for width, s in t.items()},
+            "bare_ms": {"ar": 1000 * ar * L, "student": 1000 * student * F}}
 
 
-# --- As work grows: random weights, a schedule that commits the measured number of tokens a forward ---------------------------
+# --- As work grows: random weights, a schedule with the measured number of tokens a forward ---
 
 def endless(cfg, world, max_len):
-    """A GPT of the run's shape with random weights that never writes [EOS]."""
+    """A model of the run's shape with random weights that never writes [EOS]."""
     torch.manual_seed(cfg.seed)
-    model = GPT(len(world.words), cfg.n_layer, cfg.n_head, cfg.d_model, max_positions=2048 + max_len).to(device_of(cfg)).eval()
+    model = FastGPT(len(world.words), cfg.n_layer, cfg.n_head, cfg.d_model,
+                    max_positions=2048 + max_len).to(device_of(cfg)).eval()
     logits = model.logits
 
     def without_end(hidden):
@@ -121,27 +174,42 @@ def endless(cfg, world, max_len):
     return model
 
 
-def scaled(cfg, world, batch, length, per_forward):
-    """Speed-up of responses of `length` tokens at so many tokens a forward. Rule `steps` knows whole steps a block only, so the two
-    numbers of steps around the wanted one are measured, and the time between them is a straight line in the number of forwards."""
-    model, B = endless(cfg, world, length), cfg.block_size
-    near = sorted({max(1, math.floor(B / per_forward)), min(B, math.ceil(B / per_forward))})
-    decode = lambda prompt, steps: block_decode(model, prompt, length, B, "steps", steps)
-    taken, _ = clock(cfg, world, 3.0)({"ar": lambda p: ar_decode(model, p, length)[0], **{s: lambda p, s=s: decode(p, s).tokens for s in near}}, batch)
-    forwards = [float(decode(tensors(world.test, range(1), device_of(cfg))[0], s).forwards[0]) for s in near]
-    cost = [ratio(taken, s, "ar") for s in near]  # time over that of AR
-    wanted = length / per_forward
-    part = (wanted - forwards[0]) / (forwards[1] - forwards[0]) if forwards[0] != forwards[-1] else 0.0
-    return {"speedup": 1 / (cost[0] + part * (cost[-1] - cost[0])), "batch": batch, "length": length, "steps": near, "forwards": forwards,
-            "rounds": len(taken["ar"])}
+def scaled(cfg, world, batch, length, per_forward, seconds):
+    """Speed-up of responses of `length` tokens at so many tokens a forward.
 
+    The rule Steps knows whole steps a block only. So the two numbers of steps around the wanted
+    one are measured, and between them the time is a straight line in the number of forwards."""
+    model, B = endless(cfg, world, length), cfg.block_size
+    fewer, more = math.floor(B / per_forward), math.ceil(B / per_forward)
+    near = sorted({max(1, fewer), min(B, more)})
+
+    def with_steps(steps):
+        return lambda prompt: block_decode(model, prompt, length, B, Steps(steps))
+
+    def tokens_of(decoder):
+        return lambda prompt: decoder(prompt).tokens
+
+    jobs = {"ar": lambda prompt: ar_decode(model, prompt, length)[0]}
+    jobs |= {steps: tokens_of(with_steps(steps)) for steps in near}
+    taken, _ = clock(cfg, world, seconds)(jobs, batch)
+    one, _ = tensors(world.test, range(1), device_of(cfg))
+    forwards = [float(with_steps(steps)(one).forwards[0]) for steps in near]
+    cost = [ratio(taken, steps, "ar") for steps in near]          # time over that of AR
+    part = 0.0
+    if forwards[0] != forwards[-1]:
+        part = (length / per_forward - forwards[0]) / (forwards[1] - forwards[0])
+    return {"speedup": 1 / (cost[0] + part * (cost[-1] - cost[0])), "batch": batch,
+            "length": length, "steps": near, "forwards": forwards, "rounds": len(taken["ar"])}
+
+
+# --- The cost model: seconds of a forward = a + b width batch (+ c batch) ---------------------
 
 def fit(points, rows=False):
-    """Least squares of seconds = a + b width batch (+ c batch with rows: each row reads its own keys, however few ask), every point
-    in units of itself: [(width, batch, seconds)] -> [a, b] or [a, b, c]."""
-    w, n, t = np.array(points, float).T
-    columns = (1 / t, w * n / t, n / t)[:3 if rows else 2]
-    return np.linalg.lstsq(np.stack(columns, axis=1), np.ones(len(t)), rcond=None)[0].tolist()
+    """Least squares of the cost model, every point in units of itself: [(width, batch, seconds)]
+    -> [a, b], or [a, b, c] with rows: each row reads its own keys, however few ask."""
+    width, batch, seconds = np.array(points, float).T
+    columns = (1 / seconds, width * batch / seconds, batch / seconds)[:3 if rows else 2]
+    return np.linalg.lstsq(np.stack(columns, axis=1), np.ones(len(seconds)), rcond=None)[0].tolist()
 
 
 def forward_cost(of, width, batch):
@@ -151,175 +219,200 @@ def forward_cost(of, width, batch):
 
 def predicted(of, B, P, batch, length, per_forward):
     """Speed-up by the cost model alone, with the widths of `efficiency`."""
-    t, F, blocks = lambda width: forward_cost(of, width, batch), length / per_forward, math.ceil(length / B)
-    return (t(P) + (length - 1) * t(1)) / (t(P + B) + (blocks - 1) * t(2 * B) + max(0, F - blocks) * t(B))
+    def t(width):
+        return forward_cost(of, width, batch)
+
+    F, blocks = length / per_forward, math.ceil(length / B)
+    student = t(P + B) + (blocks - 1) * t(2 * B) + max(0, F - blocks) * t(B)
+    return (t(P) + (length - 1) * t(1)) / student
 
 
 def crossover(points):
-    """Batch at which the speed-up falls below 1, between measured batches on a logarithmic axis, or None: [(batch, speedup)] -> float."""
+    """Batch at which the speed-up falls below 1, between measured batches on a logarithmic axis,
+    or None: [(batch, speedup)] -> float."""
     for (n, s), (m, r) in zip(points, points[1:]):
         if s >= 1 > r:
-            return float(np.exp(np.interp(0, [-math.log(s), -math.log(r)], [math.log(n), math.log(m)])))
+            below = -math.log(r)
+            return float(np.exp(np.interp(0, [-math.log(s), below], [math.log(n), math.log(m)])))
+    return None
 
 
-def curves(cfg, world, teacher, student, count):
-    """The curves of speed.json, and the cost model with the crossover batch."""
-    f, B, P = count["tokens_per_forward"], cfg.block_size, tensors(world.test, range(64), "cpu")[0].shape[1]
-    length, out, points = max(B, math.ceil(count["tokens_per_response"] / B) * B), [], []
-    model = new_model(cfg, world).eval()
+def model_figures(of, points):
+    """A cost model as speed.json has it, with its median error on the points."""
+    off = [abs(forward_cost(of, width, batch) / s - 1) for width, batch, s in points]
+    out = {"a_ms": 1000 * of[0], "median_error": float(np.median(off))}
+    return out | {f"{name}_us": 1e6 * value for name, value in zip("bc", of[1:])}
+
+
+# --- The curves -------------------------------------------------------------------------------
+
+def prompt_width(world):
+    """Of the first test prompts."""
+    return tensors(world.test, range(min(64, len(world.test))), "cpu")[0].shape[1]
+
+
+def whole_blocks(count, B):
+    """The mean response, in whole blocks: tokens."""
+    return max(B, math.ceil(count["tokens_per_response"] / B) * B)
+
+
+def measured_forwards(cfg, world, n_keys, seconds):
+    """Bare forwards at random weights: [(width, batch, seconds)]."""
+    model, B, points = new_model(cfg, world).eval(), cfg.block_size, []
     for batch in BATCHES:
-        t = forward_seconds(cfg, model, batch, sorted({1, max(1, B // 2), B, 2 * B}), P + B + length, cfg.eval_speed_seconds / 2)
-        points += [(w, batch, s) for w, s in t.items()]
-    two, three = fit(points), fit(points, rows=True)
-    for name, grid in (("length", [(1, n) for n in LENGTHS]), ("batch", [(n, length) for n in BATCHES])):
-        for batch, n in grid:
-            out.append({"against": name, **scaled(cfg, world, batch, n, f), "tokens_per_forward": f, "model": predicted(two, B, P, batch, n, f),
-                        "model_rows": predicted(three, B, P, batch, n, f)})
-    for change in [{"block_size": n} for n in sorted({*BLOCKS, B})] + [{"tau": t} for t in map(float, cfg.eval_taus.split(",")) if t != cfg.tau]:
+        widths = sorted({1, max(1, B // 2), B, 2 * B})
+        taken = forward_seconds(cfg, model, batch, widths, n_keys, seconds)
+        points += [(width, batch, s) for width, s in taken.items()]
+    return points
+
+
+def growing(cfg, world, count, models, seconds):
+    """Speed-up against length and against batch, measured and by the two cost models."""
+    B, P, f = cfg.block_size, prompt_width(world), count["tokens_per_forward"]
+    grid = [("length", 1, length) for length in LENGTHS]
+    grid += [("batch", batch, whole_blocks(count, B)) for batch in BATCHES]
+    out = []
+    for against, batch, length in grid:
+        point = scaled(cfg, world, batch, length, f, 3 * seconds)
+        model, model_rows = (predicted(of, B, P, batch, length, f) for of in models)
+        out.append({"against": against, **point, "tokens_per_forward": f, "model": model,
+                    "model_rows": model_rows})
+    return out
+
+
+def real_student(cfg, options, world, teacher, student):
+    """Speed-up and counts of the real student at other block sizes and thresholds."""
+    changes = [{"block_size": n} for n in sorted({*BLOCKS, cfg.block_size})]
+    changes += [{"tau": tau} for tau in options.eval_taus if tau != cfg.tau]
+    out = []
+    for change in changes:
         there = dataclasses.replace(cfg, **change)
-        taken, _ = clock(cfg, world, 2.0)(decoders(there, world, teacher, student), 1)
-        out.append({"against": next(iter(change)), "block_size": there.block_size, "tau": there.tau, "speedup": ratio(taken, "ar", "student"),
-                    "batch": 1, **counts(there, world, student, cfg.eval_curve_users)})
-    on = lambda key: [(c["batch"], c[key]) for c in out if c["against"] == "batch"]
-    error = lambda of: float(np.median([abs(forward_cost(of, w, n) / t - 1) for w, n, t in points]))
-    model = lambda of: {"a_ms": 1000 * of[0]} | {f"{name}_us": 1e6 * v for name, v in zip("bc", of[1:])} | {"median_error": error(of)}
-    cost = {**model(two), "rows": model(three), "length": length, "prompt": P, "crossover_batch": crossover(on("speedup")),
-            "crossover_batch_model": crossover(on("model")), "crossover_batch_model_rows": crossover(on("model_rows")),
-            "forwards": [{"width": w, "batch": n, "ms": 1000 * t} for w, n, t in points]}
-    return out, cost
+        jobs = decoders(there, world, teacher, student)
+        taken, _ = clock(cfg, world, 2 * options.eval_speed_seconds)(jobs, 1)
+        out.append({"against": next(iter(change)), "block_size": there.block_size,
+                    "tau": there.tau, "speedup": ratio(taken, "ar", "student"), "batch": 1,
+                    **counts(there, world, student, options.eval_curve_users)})
+    return out
 
 
-# --- The run ---------------------------------------------------------------------------------------------------------------
+def curves(cfg, options, world, teacher, student, count):
+    """The curves of speed.json, and the cost model with the crossover batch."""
+    seconds, P = options.eval_speed_seconds, prompt_width(world)
+    length = whole_blocks(count, cfg.block_size)
+    points = measured_forwards(cfg, world, P + cfg.block_size + length, seconds / 2)
+    two, three = fit(points), fit(points, rows=True)
+    out = growing(cfg, world, count, (two, three), seconds)
+    batches = [point for point in out if point["against"] == "batch"]
 
-def decoders(cfg, world, teacher, student, others=()):
-    """{name: decode(prompt) -> tokens} of AR, the student at the operating point, and the AR models of other runs."""
-    out = {"ar": lambda p: ar_decode(teacher, p, world.max_response)[0],
-           "student": lambda p: serve(cfg, student, p, world.max_response).tokens}
-    return out | {name: lambda p, m=m: ar_decode(m, p, world.max_response)[0] for name, m in dict(others).items()}
+    def crosses(key):
+        return crossover([(point["batch"], point[key]) for point in batches])
+
+    cost = {**model_figures(two, points), "rows": model_figures(three, points),
+            "length": length, "prompt": P, "crossover_batch": crosses("speedup"),
+            "crossover_batch_model": crosses("model"),
+            "crossover_batch_model_rows": crosses("model_rows"),
+            "forwards": [{"width": w, "batch": n, "ms": 1000 * s} for w, n, s in points]}
+    return out + real_student(cfg, options, world, teacher, student), cost
 
 
-def beside(cfg, world):
-    """AR models of other runs, as evaluate's --beside names them: {name: model} of every name=folder:ar."""
-    path = lambda where: os.path.join(where, f"seed{cfg.seed}", "ar", "checkpoint.pt")
-    return {name: start_from(dataclasses.replace(cfg, init=path(where)), world, None)
-            for name, where, stage in parse_beside(cfg) if stage == "ar"}
+# --- The run ----------------------------------------------------------------------------------
+
+def decoders(cfg, world, teacher, student, others=None):
+    """{name: decode(prompt) -> tokens} of AR, the student at the operating point, and the AR
+    models of other runs."""
+    def ar(model):
+        return lambda prompt: ar_decode(model, prompt, world.max_response)[0]
+
+    out = {"ar": ar(teacher),
+           "student": lambda prompt: decode(cfg, student, prompt, world.max_response).tokens}
+    return out | {name: ar(model) for name, model in (others or {}).items()}
+
+
+def beside(cfg, options, world):
+    """AR models of other runs, named as for evaluate.py: {name: model} of every name=folder:ar."""
+    out = {}
+    for name, where, stage in parse_beside(options.beside):
+        if stage == "ar":
+            path = os.path.join(where, f"seed{cfg.seed}", "ar", "checkpoint.pt")
+            out[name] = start_from(dataclasses.replace(cfg, init=path), world, None)
+    return out
 
 
 def git_hash():
     """The commit that is checked out, or None."""
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True,
+                              text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def main(cfg):
-    start, world = time.perf_counter(), load_world(cfg)
-    teacher = load_stage(cfg, "ar", world)[0]
-    (stage, student), others = last_student(cfg, world), beside(cfg, world)
+def real_speed(cfg, options, world, teacher, student):
+    """The real student against AR at several batches, and latencies at batch 1."""
+    seconds, out = options.eval_speed_seconds, {}
+    for batch in TIMED:
+        others = beside(cfg, options, world) if batch == 1 else None
+        measure = clock(cfg, world, 5 * seconds if batch == 1 else 2 * seconds)
+        taken, _ = measure(decoders(cfg, world, teacher, student, others), batch)
+        out[f"speedup_b{batch}"] = ratio(taken, "ar", "student")
+        if batch == 1:
+            out["rounds_b1"] = len(taken["ar"])
+            out["latency_ms"] = {}
+            for name, rounds in taken.items():
+                p50, p95 = (1000 * np.quantile(rounds[:, 0], (0.5, 0.95))).tolist()
+                out["latency_ms"][name] = {"p50": p50, "p95": p95}
+    return out
+
+
+def measure_all(cfg, options, world):
+    """-> the run and the curves, as speed.json has them."""
+    start, seconds = time.perf_counter(), options.eval_speed_seconds
+    teacher, _ = load_stage(cfg, "ar", world)
+    stage, student = last_student(cfg, world)
     count = counts(cfg, world, student)
-    taken = {n: clock(cfg, world, 5.0 if n == 1 else 2.0)(decoders(cfg, world, teacher, student, others if n == 1 else ()), n)[0] for n in (1, 8, 64)}
-    key = {"config": cfg.config, "device": device_name(cfg), "threads": cfg.threads}
-    run = {**key, "commit": git_hash(), "torch": torch.__version__, "stage": stage, "seed": cfg.seed,
-           "operating_point": {"block_size": cfg.block_size, "commit": cfg.commit, "tau": cfg.tau, "clash": cfg.clash}, **count}
-    run |= {f"speedup_b{batch}": ratio(taken[batch], "ar", "student") for batch in taken} | {"rounds_b1": len(taken[1]["ar"])}
-    run["latency_ms"] = {name: dict(zip(("p50", "p95"), (1000 * np.quantile(t[:, 0], (0.5, 0.95))).tolist())) for name, t in taken[1].items()}
+    point = {name: getattr(cfg, name) for name in ("block_size", "commit", "tau", "clash")}
+    run = {"config": cfg.config, "device": device_name(cfg), "threads": cfg.threads,
+           "commit": git_hash(), "torch": torch.__version__, "stage": stage, "seed": cfg.seed,
+           "operating_point": point, **count}
+    run |= real_speed(cfg, options, world, teacher, student)
     P = round(float((world.test.prompt != PAD).sum(1).mean()))
-    run |= efficiency(cfg, student, P, count, run["speedup_b1"])
-    run |= peers.compare(cfg, world.max_response, teacher, student, clock(cfg, world, 3.0), ratio)
-    lines, run["cost"] = curves(cfg, world, teacher, student, count)
+    run |= efficiency(cfg, student, P, count, run["speedup_b1"], seconds)
+    models, measure = (teacher, student), clock(cfg, world, 3 * seconds)
+    run |= peers.compare(cfg, world.max_response, models, measure, ratio)
+    lines, run["cost"] = curves(cfg, options, world, teacher, student, count)
     run["training"] = training(cfg, world)
     run["seconds"] = time.perf_counter() - start
+    return run, lines
+
+
+def main(cfg, options):
+    if not cfg.fast:
+        raise UserError("speed.py measures the decoders of fast/: leave out --fast false")
+    world = load_world(cfg)
+    run, lines = measure_all(cfg, options, world)
+    key = {name: run[name] for name in ("config", "device", "threads")}
     try:  # what other devices and numbers of threads have written stays
-        before = json.load(open(folder(cfg, "speed.json")))
+        with open(folder(cfg, "speed.json")) as file:
+            before = json.load(file)
     except (OSError, ValueError):
         before = {"runs": [], "curves": []}
-    kept = lambda name: [r for r in before[name] if any(r[k] != v for k, v in key.items())]
-    result = {"runs": kept("runs") + [run], "curves": kept("curves") + [{**key, **c} for c in lines]}
-    save_atomically(folder(cfg, "speed.json"), lambda p: open(p, "w").write(json.dumps(result, indent=1) + "\n"))
-    save_atomically(folder(cfg, "speed.md"), lambda p: open(p, "w").write("\n".join(
-        markdown(r, [c for c in result["curves"] if all(c[k] == r[k] for k in key)]) for r in result["runs"])))
-    figure(run, lines, folder(cfg, "cost.png"))
-    print(f"\n{markdown(run, lines)}\nwritten: {folder(cfg)}/speed.json, speed.md, cost.png ({run['seconds']:.0f} s)")
 
+    def same(row):
+        return all(row[name] == value for name, value in key.items())
 
-# --- What is shown ---------------------------------------------------------------------------------------------------------
-
-def table(head, rows):
-    """Markdown: head and rows are lists of cells; numbers get two digits."""
-    cell = lambda v: "–" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
-    line = lambda cells: "| " + " | ".join(map(cell, cells)) + " |"
-    return "\n".join((line(head), "|---" * len(head) + "|", *map(line, rows), ""))
-
-
-def markdown(run, lines):
-    """One run as tables."""
-    point, cost, percent = run["operating_point"], run["cost"], lambda v: f"{100 * v:.1f} %"
-    short = lambda v: "–" if v is None else f"{v:.0f}"
-    same = lambda v: (f"{percent(v['identical'])} of {v['n']}", f"{v['differ']}, {v.get('ties', v.get('equal_in_float64'))}")
-    hf, block, compared = run["ar_vs_transformers"], run["sampler_vs_peers"], []
-    if hf:
-        compared += [("AR", f"transformers {hf['version']} generate, {hf[f'cache_b{n}']} cache, batch {n}", hf[f"ratio_b{n}"], *same(hf[f"agreement_b{n}"])) for n in (1, 64)]
-    for name, v in (block or {}).items():
-        compared.append((f"student, threshold {v['tau']}, {v['forwards']['ours']:.1f} forwards",
-                         f"{name}, batch 1, {v['forwards']['theirs']:.1f} forwards", v["ratio_b1"], *same(v)))
-    compared += [("student", f"prompt lookup of AR, batch 1: {name} ({v['speedup_over_ar']:.2f} × AR)", v["ratio"], "AR's: " + same(v)[0], same(v)[1])
-                 for name, v in run["vs_prompt_lookup"]["of"].items()]
-    return "\n".join((
-        f"## {run['config']}, {run['device']}\n",
-        f"{run['stage']}, block size {point['block_size']}, {point['commit']} {point['tau']}, clash {point['clash']}; {run['n_users']} users; torch {run['torch']}, "
-        f"commit {(run['commit'] or 'none')[:10]}. × AR: tokens/s over AR's, the median of alternating rounds.\n",
-        table(("tokens a forward", "evidence tokens a forward", "forwards", "valid", "× AR, batch 1", "batch 8", "batch 64", "efficiency, batch 1"),
-              [(run["tokens_per_forward"], run["evidence_tokens_per_forward"], run["forwards_per_response"], percent(run["valid"]),
-                *(run[f"speedup_b{n}"] for n in (1, 8, 64)), run["efficiency_b1"])]),
-        f"A forward of the student costs {run['cost_ratio']:.2f} of AR's at batch 1 (one block wide to one token wide: {run['cost_ratio_block_to_1']:.2f}). "
-        f"The forwards alone of a response: AR {run['bare_ms']['ar']:.1f} ms, student {run['bare_ms']['student']:.1f} ms.\n",
-        table(("ms a response, batch 1", "p50", "p95"), [(name, t["p50"], t["p95"]) for name, t in run["latency_ms"].items()]),
-        table(("ours", "peer", "ours is × as fast", "identical responses", "differ, by round-off"), compared), *(f"Not measured: {reason}.\n" for reason in run["missing"]),
-        f"Random weights, {run['tokens_per_forward']:.2f} tokens a forward. Model: {cost['a_ms']:.3f} ms + {cost['b_us']:.2f} µs × width × batch, median error "
-        f"{percent(cost['median_error'])}; with rows, {cost['rows']['a_ms']:.3f} ms + {cost['rows']['b_us']:.2f} µs × width × batch + {cost['rows']['c_us']:.2f} µs × batch, "
-        f"median error {percent(cost['rows']['median_error'])}. The speed-up falls below 1 at batch {short(cost['crossover_batch'])} (model: "
-        f"{short(cost['crossover_batch_model'])}; with rows: {short(cost['crossover_batch_model_rows'])}).\n",
-        table(("against", "batch", "length", "× AR", "model", "with rows"), [[c[k] for k in ("against", "batch", "length", "speedup", "model", "model_rows")] for c in lines if "model" in c]),
-        f"The real student, batch 1; counts of the first {lines[-1]['n_users']} users.\n",
-        table(("block size", "tau", "× AR", "tokens a forward", "valid"),
-              [(c["block_size"], str(c["tau"]), c["speedup"], c["tokens_per_forward"], percent(c["valid"])) for c in lines if "valid" in c]),
-        "Training: seconds of a step, and its three largest costs.\n",
-        table(("stage", "s a step", "× an AR step", "largest", "second", "third"),
-              [(stage, f"{t['step']:.3f}", t["step"] / run["training"]["ar"]["step"],
-                *(f"{name}, {percent(s / t['step'])}" for name, s in list(t["parts"].items())[:3])) for stage, t in run["training"].items()])))
-
-
-def figure(run, lines, path):
-    """cost.png: the speed-up against batch, length, and what the real student's block size and tau make of it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.2))
-    for ax, name, label in ((axes[0], "batch", "batch"), (axes[1], "length", "output length (tokens), batch 1")):
-        found = [c for c in lines if c["against"] == name]
-        ax.plot([c[name] for c in found], [c["speedup"] for c in found], "o-", label="random weights, measured")
-        ax.plot([c[name] for c in found], [c["model"] for c in found], "k--", label="cost model: a + b × width × batch")
-        ax.plot([c[name] for c in found], [c["model_rows"] for c in found], "k:", label="… + c × batch")
-        ax.set(xscale="log", xlabel=label, ylabel="× AR", title=f"speed-up at {run['tokens_per_forward']:.1f} tokens a forward")
-        ax.set_xticks([c[name] for c in found], [c[name] for c in found])
-        ax.minorticks_off()
-    axes[0].plot((1, 8, 64), [run[f"speedup_b{n}"] for n in (1, 8, 64)], "s", label="the student, measured")
-    axes[0].axhline(1, color="#999999", lw=0.8)
-    for name in ("block_size", "tau"):
-        here = lambda c: c["against"] == name or "valid" in c and (c["block_size"], c["tau"]) == tuple(run["operating_point"][k] for k in ("block_size", "tau"))
-        found = sorted((c[name], c["tokens_per_forward"], c["speedup"]) for c in lines if here(c))
-        axes[2].plot([x for _, x, _ in found], [y for *_, y in found], "o-", label=name.replace("_", " "))
-        for value, x, y in found:
-            axes[2].annotate(f"{value:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes[2].set(xlabel="tokens a forward", ylabel="× AR, batch 1", title="the real student")
-    for ax in axes:
-        ax.set_ylim(0)
-        ax.legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=130, facecolor="white")
-    plt.close(fig)
+    kept = {name: [row for row in rows if not same(row)] for name, rows in before.items()}
+    result = {"runs": kept["runs"] + [run],
+              "curves": kept["curves"] + [{**key, **line} for line in lines]}
+    write_json(folder(cfg, "speed.json"), result)
+    tables = []
+    for row in result["runs"]:
+        key = {name: row[name] for name in key}
+        tables.append(markdown(row, [line for line in result["curves"] if same(line)]))
+    write_text(folder(cfg, "speed.md"), "\n".join(tables))
+    save_atomically(folder(cfg, "cost.png"), lambda path: figure(run, lines, path))
+    print(f"\n{markdown(run, lines)}\nwritten: {folder(cfg)}/speed.json, speed.md, cost.png "
+          f"({run['seconds']:.0f} s)")
 
 
 if __name__ == "__main__":
-    script(main, __doc__)
+    script(main, __doc__, also=Options)

@@ -1,58 +1,89 @@
 """How often is an answer invalid? Counted on far more lists than have their target in them.
 
-    python experiments/validity.py --config small --seeds 0,1,2   # all 22,363 users before their validation item; 2 minutes a stage and seed
-    python experiments/validity.py --config toy                   # 20,000 fresh lists
+    python experiments/validity.py --config small   # all 22,363 users before their validation item
+    python experiments/validity.py --config toy     # 20,000 fresh lists
 
-At 99.9 % valid the test users of one seed have two invalid answers: nothing can be told from so few. Validity needs no target, so
-every list will do. Writes validity.md into the run's folder.
+At 99.9 % valid the test users of one seed have two invalid answers: nothing can be told from so
+few. Validity needs no target, so every list will do. On Amazon Beauty it takes 2 minutes a stage
+and seed. Writes validity.md into the run's folder.
 """
-import dataclasses
 import os
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import rerank  # noqa: E402
-from amazon import read_beauty  # noqa: E402
-from common import decode_split, finished_stages, save_atomically, script  # noqa: E402
+from plumbing.script import script  # noqa: E402  first: it sets how threads wait
+
+import dataclasses  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from beauty.amazon import read_beauty  # noqa: E402
+from beauty.prerank import Counts, Histories, attributes, top_candidates  # noqa: E402
+from beauty.rerank import BeautyRequests  # noqa: E402
 from config import folder  # noqa: E402
-from data import load_world, parse_answers, toy_split  # noqa: E402
-from evaluate import finished_seeds, stage_decoder  # noqa: E402
-from prerank import Counts, attributes, prerank  # noqa: E402
+from data import parse_answers  # noqa: E402
+from evaluate import stage_decoder  # noqa: E402
+from plumbing.checkpoint import finished_stages  # noqa: E402
+from plumbing.settings import Text  # noqa: E402
+from report.options import finished_seeds  # noqa: E402
+from report.rows import write_text  # noqa: E402
+from toy.world import toy_split  # noqa: E402
+from trainer import decode_split, load_world  # noqa: E402
 
 TOY_LISTS = 20000
+FRESH = 8  # the number of a toy split that nothing else uses
+HEAD = ["stage", "seed", "answers", "invalid", "valid", "duplicated", "dropped", "out of set",
+        "forwards"]
+
+
+@dataclass(frozen=True)
+class Options:
+    seeds: Text() = "all"  # of the conversions, with commas; all: those that have finished
 
 
 def many_lists(cfg, world):
-    """-> Split without targets: of the toy world fresh lists; on Beauty a list a user, what the pre-ranker puts behind all but the last
-    two items, as a request (rerank.py)."""
-    if cfg.world == "toy":
-        return toy_split(TOY_LISTS, np.full(TOY_LISTS, cfg.n_candidates), cfg, np.random.default_rng([8]))
+    """A Split without targets: on the toy world fresh lists; on Beauty a list a user, what the
+    pre-ranker puts after all but the last two items, read as a request (beauty/rerank.py)."""
+    if cfg.world.startswith("toy"):
+        return toy_split(TOY_LISTS, FRESH, cfg)
     sequences, items, *_ = read_beauty(cfg.data_dir)
-    counts, end = Counts(sequences, len(items), 2), np.array([len(s) - 2 for s in sequences])
-    histories = [s[:-2] for s in sequences]
-    candidates = prerank(counts.T, counts.cnt, np.concatenate(histories), np.cumsum(end) - end, end, attributes(items) if cfg.hybrid else None)
-    _, examples = rerank.beauty(cfg, world)
-    return examples([h.tolist() for h in histories], candidates.tolist())
+    histories = [sequence[:-2] for sequence in sequences]
+    length = np.array([len(history) for history in histories])
+    counts = Counts(sequences, len(items), 2)
+    attr = attributes(items) if cfg.world == "beauty_hybrid" else None
+    flat = Histories(np.concatenate(histories), np.cumsum(length) - length, length)
+    candidates = top_candidates(counts, flat, attr)[:, :cfg.n_candidates]
+    reader = BeautyRequests(cfg, world)
+    return reader.examples([history.tolist() for history in histories], candidates.tolist())
 
 
-def main(cfg):
+def row(cfg, world, split, stage, model):
+    """What a student writes for all lists: a line of the table."""
+    decoder = stage_decoder(cfg, world, model, stage, cfg.tau)
+    tokens, forwards = decode_split(cfg, split, decoder, f"seed {cfg.seed} {stage}")
+    got = parse_answers(tokens, split.incoming)
+    counts = [(~got.valid).sum(), got.duplicated.sum(), got.dropped.sum(), got.out_of_set.sum()]
+    invalid, *wrong = (str(int(count)) for count in counts)
+    return [stage, str(cfg.seed), str(len(split)), invalid, f"{100 * got.valid.mean():.3f} %",
+            *wrong, f"{forwards.mean():.2f}"]
+
+
+def main(cfg, options):
     world = load_world(cfg)
-    seeds, split = finished_seeds(cfg), many_lists(cfg, world)
-    lines = ["| stage | seed | answers | invalid | valid | duplicated | dropped | out of set | forwards |", "|---" * 9 + "|"]
+    seeds, split = finished_seeds(cfg, options.seeds), many_lists(cfg, world)
+    lines = [HEAD, ["---"] * len(HEAD)]
     for seed in seeds:
-        for stage, (model, _) in finished_stages(dataclasses.replace(cfg, seed=seed), world).items():
+        here = dataclasses.replace(cfg, seed=seed)
+        for stage, (model, _) in finished_stages(here, world).items():
             if stage == "ar":
                 continue
-            tokens, forwards = decode_split(cfg, split, stage_decoder(cfg, world, model, stage, cfg.tau), f"seed {seed} {stage}")
-            got = parse_answers(tokens, split.incoming)
-            wrong = " | ".join(str(int(getattr(got, name).sum())) for name in ("duplicated", "dropped", "out_of_set"))
-            lines.append(f"| {stage} | {seed} | {len(split)} | {int((~got.valid).sum())} | {100 * got.valid.mean():.3f} % | {wrong} | {forwards.mean():.2f} |")
-            save_atomically(folder(cfg, "validity.md"), lambda path: open(path, "w").write("\n".join(lines) + "\n"))
-    print("\n".join(lines))
+            lines.append(row(here, world, split, stage, model))
+            text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+            write_text(folder(cfg, "validity.md"), text)
+    print(text)
 
 
 if __name__ == "__main__":
-    script(main, __doc__)
+    script(main, __doc__, also=Options)

@@ -1,53 +1,74 @@
-"""Gradients of OPD and RL on recorded roll-outs, of which each process works on its part: `python tests/gradients.py FILE`, alone or
-under torchrun. The sum over the processes is written."""
+"""Gradients of AR, CFT, OPD and RL on one recorded batch: `python tests/gradients.py FILE`, alone
+or under torchrun. However many processes share its rows, it is the same gradient."""
 import sys
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from conftest import left_padded, tiny_gpt  # sets the path to the modules
+from conftest import left_padded, tiny_gpt, words  # sets the path to the modules
+import train_ar
+import train_cft
 import train_opd
 import train_rl
-from common import RANK, RANKS, mine
 from config import Config
-from sampler import Decoded, block_decode
+from data import ANSWER, EOS
+from fast.gpt import FastGPT
+from model import GPT, Sampling
+from plumbing.processes import RANK, RANKS, mean_gradients, share_rows
+from sampler import Threshold, block_decode
 
-N, B = 8, 4
+N, B, VOCAB = 7, 4, 20  # seven rows: two processes cannot share them evenly
+CFG = Config(block_size=B, bfloat16=False, rl_epochs=2, rl_anchor=0.0)
 
 
-class Gradients:
-    """Stands in for common.Run: sums the gradients over the processes, as its update does."""
+def gradient(model, loss):
+    """As Run.update takes it."""
+    model.zero_grad()
+    loss.backward()
+    mean_gradients(model)
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    def __init__(self, model):
-        self.model, self.found = model, {}
 
-    def update(self, loss):
-        for name, p in self.model.named_parameters():
-            g = torch.autograd.grad(loss, p, retain_graph=True)[0]
-            if RANKS > 1:
-                dist.all_reduce(g)
-            self.found[name] = self.found.get(name, 0) + g
+def gradients(kind):
+    """{stage: {weight: gradient}}, of RL a sum over its updates."""
+    teacher, model = (tiny_gpt(seed, VOCAB, kind=kind) for seed in (3, 0))
+    prompt = left_padded([4, 1, 6, 3, 5, 2, 3])
+    decoded = block_decode(model, prompt, 12, B, Threshold(0.5),
+                           Sampling(1.0, torch.Generator().manual_seed(0)))
+    share_rows(model)
+    response = words(N, 10, vocab=VOCAB)
+    response[:, 5], response[:, 9] = ANSWER, EOS
+
+    def rng():
+        return torch.Generator().manual_seed(1)
+
+    found = {}
+    slots = torch.arange(10).expand(N, -1)
+    found["ar"] = gradient(model, train_ar.ar_loss(CFG, model, prompt, response, slots)[0])
+    found["cft"] = gradient(model, train_cft.cft_loss(CFG, model, prompt, response, rng()))
+    loss = train_opd.opd_loss(CFG, model, teacher, prompt, decoded, rng())
+    found["opd"] = gradient(model, loss)
+
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    def update(loss):
+        for name, g in gradient(model, loss).items():
+            total[name] += g
         return {}
+
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 2.0, -2.0]).double()
+    run = SimpleNamespace(model=model, update=update)
+    train_rl.update(CFG, run, prompt, decoded, advantage, None)
+    return found | {"rl": total}
 
 
 def main(path):
     if RANKS > 1:
         dist.init_process_group("gloo")
-    cfg = Config(block_size=B, opd_anchor=0.0, rl_anchor=0.0, rl_group=2, rl_prompts=N // 2, rl_epochs=2, bfloat16=False, opd_answer_states=0)
-    model, teacher, prompt = tiny_gpt(0), tiny_gpt(3), left_padded([4, 1, 6, 3, 5, 2, 3, 4])
-    decoded = block_decode(model, prompt, 12, B, "independent", 0.5, 1.0, torch.Generator().manual_seed(0))
-    rewards = torch.tensor([[0.5, -1.0], [0.2, 0.2], [0.1, 0.3], [0.0, 0.0]])  # the second process has one group with a signal
-    rows = mine(N)
-    part = Decoded(*(getattr(decoded, f)[rows] for f in decoded.__dataclass_fields__))
-    real = torch.rand  # the state of each block that is scored: the first, not drawn, which every process would do for itself
-    torch.rand = lambda *size, **kw: torch.zeros(*size)
-    opd, rl = Gradients(model), Gradients(model)
-    train_opd.update(cfg, SimpleNamespace(n_labels=0), model, teacher, None, prompt[rows], part, None, None, opd)
-    torch.rand = real
-    train_rl.update(cfg, None, model, None, prompt[rows], part, rewards[mine(len(rewards))], None, rl)
+    found = {kind.__name__: gradients(kind) for kind in (GPT, FastGPT)}
     if not RANK:
-        torch.save({"opd": opd.found, "rl": rl.found}, path)
+        torch.save(found, path)
     if RANKS > 1:
         dist.destroy_process_group()
 

@@ -1,16 +1,19 @@
-"""Invariants of data.py: reading answers and traces, the toy world and its oracle."""
+"""Invariants of data.py and toy/world.py: reading answers and traces, the toy world, its oracle."""
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
+import toy.world
 from config import Config
-from data import (ANSWER, LABEL, PROFILE, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, faithfulness,
-                  list_lengths, pack, parse_answers, responses, toy_oracle, toy_split, toy_words, toy_world)
-from model import EOS, MASK, PAD
+from data import (ANSWER, EOS, LABEL, MASK, PAD, PROFILE, Split, faithfulness, list_lengths, pack,
+                  parse_answers, responses, tensors)
+from toy.world import (TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_examples, toy_oracle,
+                       toy_split, toy_users, toy_words, toy_world)
 
 CFG = Config(n_train=300, n_val=50, n_test=1500, vary_lists=0.5)
+SPLITS = ("train", "val", "test")
 L1, L2, L3, L4, L5 = range(LABEL, LABEL + 5)
 WORD = LABEL + 40  # some word of a trace
 
@@ -20,33 +23,48 @@ def world():
     return toy_world(CFG)
 
 
+def splits_of(world):
+    return [getattr(world, name) for name in SPLITS]
+
+
 def text(world, tokens):
     return [world.words[t] for t in tokens if t != PAD]
 
 
-# --- Answers -------------------------------------------------------------------------------------------------------------
+def same(a, b):
+    """Whether two splits hold the same users, to the last token."""
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Split))
+
+
+# --- Answers ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tokens, k, order, flags, trace_tokens", [
-    # flags: valid, duplicated, dropped, out of set, identity
+    # flags: valid, duplicated, missing, out of set, identity
     ([WORD, WORD, ANSWER, L3, L1, L2, EOS], 3, [2, 0, 1, -1], "v", 2),
     ([ANSWER, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "vi", 0),
     ([ANSWER, L4, L3, L2, L1, EOS], 4, [3, 2, 1, 0], "v", 0),
     ([WORD, ANSWER, L2, L1, EOS], 2, [1, 0, -1, -1], "v", 1),
-    ([WORD, ANSWER, L2, L2, L1, L3, EOS], 3, [1, 0, 2, -1], "d", 1),           # an extra label: duplicate, no drop
-    ([WORD, ANSWER, L3, L2, L3, EOS], 3, [2, 1, 0, -1], "dm", 1),              # first occurrences stay, the missing follow
+    # An extra label: a duplicate, but no drop.
+    ([WORD, ANSWER, L2, L2, L1, L3, EOS], 3, [1, 0, 2, -1], "d", 1),
+    # First mentions stay, the missing follow.
+    ([WORD, ANSWER, L3, L2, L3, EOS], 3, [2, 1, 0, -1], "dm", 1),
     ([WORD, ANSWER, L2, EOS], 3, [1, 0, 2, -1], "m", 1),
     ([WORD, ANSWER, L1, EOS], 3, [0, 1, 2, -1], "mi", 1),
     ([WORD, ANSWER, EOS], 3, [0, 1, 2, -1], "mi", 1),
-    ([WORD, ANSWER, L3, L4, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),           # a label beyond the list
-    ([WORD, ANSWER, L3, WORD, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),         # a trace word
+    # A label beyond the list, a trace word, a second <answer>.
+    ([WORD, ANSWER, L3, L4, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
+    ([WORD, ANSWER, L3, WORD, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
     ([WORD, ANSWER, L3, ANSWER, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
     ([WORD, ANSWER, L5, L2, L2, EOS], 3, [1, 0, 2, -1], "dmo", 1),
-    ([WORD, ANSWER, L3, L1, L2], 3, [2, 0, 1, -1], "", 1),                     # complete, but without [EOS]
-    ([WORD, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "mi", 4),                      # labels of the trace are no answer
+    # Complete, but without [EOS].
+    ([WORD, ANSWER, L3, L1, L2], 3, [2, 0, 1, -1], "", 1),
+    # Labels of the trace are no answer.
+    ([WORD, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "mi", 4),
     ([WORD, L1, L2, L3], 3, [0, 1, 2, -1], "mi", 4),
     ([EOS], 3, [0, 1, 2, -1], "mi", 0)])
 def test_parse_answers_by_hand(tokens, k, order, flags, trace_tokens):
-    padded = np.array([tokens + [PAD] * (8 - len(tokens)), [ANSWER, L1, L2, EOS] + [PAD] * 4])  # and a valid neighbour
+    neighbour = [ANSWER, L1, L2, EOS] + [PAD] * 4  # a valid one
+    padded = np.array([tokens + [PAD] * (8 - len(tokens)), neighbour])
     got = parse_answers(padded, np.where(np.arange(4) < np.array([[k], [2]]), np.arange(4), -1))
     assert got.order[0].tolist() == order and got.trace_tokens[0] == trace_tokens
     names = dict(v="valid", d="duplicated", m="dropped", o="out_of_set", i="identity")
@@ -54,7 +72,17 @@ def test_parse_answers_by_hand(tokens, k, order, flags, trace_tokens):
     assert got.order[1].tolist() == [0, 1, -1, -1] and got.valid[1] and got.identity[1]
 
 
-# --- Traces --------------------------------------------------------------------------------------------------------------
+def test_repair_and_identity_follow_the_incoming_order_of_random_labels():
+    incoming = np.array([[2, 0, 1, -1]] * 3)
+    tokens = np.array([[WORD, ANSWER, L3, L1, L2, EOS], [WORD, ANSWER, L2, EOS, PAD, PAD],
+                       [WORD, ANSWER, L1, L2, L3, EOS]])
+    got = parse_answers(tokens, incoming)
+    assert got.order.tolist() == [[2, 0, 1, -1], [1, 2, 0, -1], [0, 1, 2, -1]]
+    assert got.identity.tolist() == [True, False, False]
+    assert got.valid.tolist() == [True, False, True]
+
+
+# --- Traces -----------------------------------------------------------------------------------
 
 A, B = WORD, WORD + 1
 RULE = [PROFILE, A, B, L1, A, L2, B, L3, A]
@@ -64,17 +92,17 @@ RULE = [PROFILE, A, B, L1, A, L2, B, L3, A]
     (RULE, 1),
     ([], 0),
     ([PROFILE, A, B], 1 / 4),
-    (RULE[:-1], 3 / 4),                                                # the last statement is cut short
-    (RULE[:-2], 3 / 4),                                                # one is missing
-    (RULE + [A], 3 / 4),                                               # one is too long
-    (RULE + [L1, A], 4 / 5),                                           # repeated
-    ([PROFILE, A, B, L1, A, L2, B, L2, B], 3 / 4),                     # repeated in place of another
-    (RULE + [L4, A], 4 / 5),                                           # about a non-candidate, or one too many
+    (RULE[:-1], 3 / 4),                             # the last statement is cut short
+    (RULE[:-2], 3 / 4),                             # one is missing
+    (RULE + [A], 3 / 4),                            # one is too long
+    (RULE + [L1, A], 4 / 5),                        # repeated
+    ([PROFILE, A, B, L1, A, L2, B, L2, B], 3 / 4),  # repeated in place of another
+    (RULE + [L4, A], 4 / 5),                        # about no candidate, or one too many
     ([PROFILE, A, B, L1, A, L2, B, L4, A], 3 / 4),
-    ([PROFILE, A, B, L1, A, L2, A, L3, A], 3 / 4),                     # false
-    (RULE + [L2, A], 4 / 5),                                           # true and false
-    ([PROFILE, A, B, L3, A, L2, B, L1, A], 1),                         # the order does not matter
-    ([A] + RULE, 4 / 5),                                               # unparsable words in front
+    ([PROFILE, A, B, L1, A, L2, A, L3, A], 3 / 4),  # false
+    (RULE + [L2, A], 4 / 5),                        # true and false
+    ([PROFILE, A, B, L3, A, L2, B, L1, A], 1),      # the order does not matter
+    ([A] + RULE, 4 / 5),                            # unreadable words in front
     ([B, A, L3], 0),
     (RULE + [PROFILE, A, B] * 4, 4 / 8)])
 @pytest.mark.parametrize("end", [[ANSWER, L2, L1, L3, EOS], [EOS], []])
@@ -83,29 +111,8 @@ def test_faithfulness_by_hand(trace, score, end):
     assert faithfulness(tokens, np.array([RULE + [PAD]]), 16)[0] == pytest.approx(score)
 
 
-def test_repair_and_identity_follow_the_incoming_order_of_random_labels():
-    incoming = np.array([[2, 0, 1, -1]] * 3)
-    tokens = np.array([[WORD, ANSWER, L3, L1, L2, EOS], [WORD, ANSWER, L2, EOS, PAD, PAD], [WORD, ANSWER, L1, L2, L3, EOS]])
-    got = parse_answers(tokens, incoming)
-    assert got.order.tolist() == [[2, 0, 1, -1], [1, 2, 0, -1], [0, 1, 2, -1]]
-    assert got.identity.tolist() == [True, False, False] and got.valid.tolist() == [True, False, True]
-
-
-def test_random_labels_name_the_same_candidates_in_another_way():
-    plain, random = (toy_world(replace(CFG, random_labels=r)).val for r in (False, True))
-    assert not np.array_equal(random.incoming, plain.incoming) and np.array_equal(np.sort(random.incoming), np.sort(plain.incoming))
-    for split in (plain, random):  # the same labels stand in the prompt, the trace and the incoming order
-        for n in range(len(split)):
-            labels = split.incoming[n][split.incoming[n] >= 0] + LABEL
-            for text in (split.prompt[n], split.trace[n]):
-                assert [t for t in text.tolist() if LABEL <= t < LABEL + CFG.n_labels] == labels.tolist()
-    some = range(5)
-    assert any((random.order[n] != plain.order[n]).any() for n in some)
-    assert (responses(random.trace, random.order) != PAD).sum() == (responses(plain.trace, plain.order) != PAD).sum()
-
-
 def test_reference_responses_are_valid_and_faithful(world):
-    for split in (world.train, world.val, world.test):
+    for split in splits_of(world):
         tokens = responses(split.trace, split.order)
         answers = parse_answers(tokens, split.incoming)
         assert answers.valid.all() and (answers.order == split.order).all()
@@ -114,77 +121,108 @@ def test_reference_responses_are_valid_and_faithful(world):
 
 
 def test_faithfulness_falls_when_any_one_token_of_a_trace_is_replaced(world):
-    trace = world.train.trace[0][world.train.trace[0] != PAD]
-    wrong = [np.where(np.arange(len(trace)) == i, token, trace)
-             for i, token in itertools.product(range(len(trace)), range(len(world.words))) if token != trace[i]]
-    assert (faithfulness(np.array(wrong), np.array([trace] * len(wrong)), world.n_labels) < 1).all()
+    row = int((world.train.list_length == CFG.n_candidates).argmax())  # without empty places
+    trace = world.train.trace[row][world.train.trace[row] != PAD]
+    wrong = []
+    for i, token in itertools.product(range(len(trace)), range(len(world.words))):
+        if token != trace[i]:
+            wrong.append(np.where(np.arange(len(trace)) == i, token, trace))
+    rule = np.array([trace] * len(wrong))
+    assert (faithfulness(np.array(wrong), rule, world.n_labels) < 1).all()
 
 
 def test_longest_response_fits(world):
-    for split in (world.train, world.val, world.test):
-        assert (responses(split.trace, split.order) != PAD).sum(1).max() <= world.max_response
+    for split in splits_of(world):
+        lengths = (responses(split.trace, split.order) != PAD).sum(1)
+        assert lengths.max() <= world.max_response
 
 
-# --- The toy world --------------------------------------------------------------------------------------------------------
+# --- The toy world ----------------------------------------------------------------------------
+
+def items_of(words):
+    """Items of a part of a prompt, three words each: [("x", 1), ("y", 0), ("z", 4)]."""
+    pairs = [(word[0], int(word[1:])) for word in words]
+    return [pairs[i:i + 3] for i in range(0, len(pairs), 3)]
+
 
 def read_prompt(words):
-    """History and candidates of a prompt, from its words alone: lists of items, [("x", 1), ("y", 0), ("z", 4)] each."""
+    """History, candidates and labels of a prompt, from its words alone."""
     assert words[0] == "<history>"
     middle = words.index("<candidates>")
-    items = lambda part: [[(w[0], int(w[1:])) for w in part[i:i + 3]] for i in range(0, len(part), 3)]
     shown = words[middle + 1:]
     empty = shown.count("<none>")  # four words a place, at the list's end
     assert empty % 4 == 0 and shown[len(shown) - empty:] == ["<none>"] * empty
     shown = shown[:len(shown) - empty]
     labels, rest = shown[::4], [w for i, w in enumerate(shown) if i % 4]
-    return items(words[1:middle]), items(rest), labels
+    return items_of(words[1:middle]), items_of(rest), labels
 
 
 def rows_of(world):
     return [(split, n) for split in (world.train, world.test) for n in range(40)]
 
 
+def count(history, attribute, value):
+    return sum((attribute, value) in item for item in history)
+
+
+def favourite(history, attribute):
+    """The value that a history has most often, the smallest of several."""
+    return max(range(TOY_VALUES), key=lambda v: (count(history, attribute, v), -v))
+
+
 def test_the_trace_follows_from_the_prompt_alone(world):
     for split, n in rows_of(world):
         history, candidates, labels = read_prompt(text(world, split.prompt[n]))
-        assert len(history) == TOY_HISTORY and labels == [f"L{i + 1}" for i in range(split.k[n])]
-        count = lambda a, v: sum((a, v) in item for item in history)
-        expected = ["<profile>"] + [a + str(max(range(TOY_VALUES), key=lambda v: (count(a, v), -v))) for a in "xyz"]
+        assert len(history) == TOY_HISTORY
+        assert labels == [f"L{i + 1}" for i in range(split.list_length[n])]
+        expected = ["<profile>"] + [f"{a}{favourite(history, a)}" for a in "xyz"]
         for label, item in zip(labels, candidates):
-            expected += [label] + [f"{a}{v}:{min(count(a, v), 3)}" for a, v in item]
-        assert text(world, split.trace[n]) == expected + ["<none>"] * 4 * (CFG.n_candidates - len(labels))
+            expected += [label] + [f"{a}{v}:{min(count(history, a, v), 3)}" for a, v in item]
+        expected += ["<none>"] * 4 * (CFG.n_candidates - len(labels))
+        assert text(world, split.trace[n]) == expected
+
+
+def p_taken(item, liked):
+    """P(attributes of an item that is taken | the favourites)."""
+    each = [TOY_Q * (v == f) + (1 - TOY_Q) / TOY_VALUES for (_, v), f in zip(item, liked)]
+    return np.prod(each)
 
 
 def bayes(history, candidates):
     """P(target = candidate | prompt), summed over the 125 latent triples of favourites."""
     posterior = np.zeros(len(candidates))
-    p = lambda item, liked: np.prod([TOY_Q * (v == f) + (1 - TOY_Q) / TOY_VALUES for (_, v), f in zip(item, liked)])
-    for favourites in itertools.product(range(TOY_VALUES), repeat=3):
-        taken = np.prod([p(item, favourites) for item in history])
-        for c, item in enumerate(candidates):  # the other candidates are uniform, whichever is the target
-            posterior[c] += taken * p(item, favourites) * np.exp(-TOY_PRIOR * c)
+    for liked in itertools.product(range(TOY_VALUES), repeat=3):
+        likelihood = np.prod([p_taken(item, liked) for item in history])
+        for c, item in enumerate(candidates):  # the others are uniform, whichever is the target
+            posterior[c] += likelihood * p_taken(item, liked) * np.exp(-TOY_PRIOR * c)
     return posterior / posterior.sum()
+
+
+def counts_of(history):
+    """(1, A, V), as toy_oracle wants them."""
+    return np.array([[[count(history, a, v) for v in range(TOY_VALUES)] for a in "xyz"]])
 
 
 def test_the_oracle_is_the_exact_bayes_posterior(world):
     for split, n in rows_of(world)[::3]:
         history, candidates, _ = read_prompt(text(world, split.prompt[n]))
-        order, p = split.order[n][:split.k[n]].tolist(), bayes(history, candidates)
-        assert sorted(order) == list(range(split.k[n])) and (split.order[n][split.k[n]:] == -1).all()
+        k = split.list_length[n]
+        order, p = split.order[n][:k].tolist(), bayes(history, candidates)
+        assert sorted(order) == list(range(k)) and (split.order[n][k:] == -1).all()
         assert all(p[a] >= p[b] * (1 - 1e-9) for a, b in zip(order, order[1:]))
-        counts = np.array([[[sum((a, v) in item for item in history) for v in range(TOY_VALUES)] for a in "xyz"]])
-        items = np.array([[[v for _, v in item] for item in candidates] + [[0, 0, 0]]])  # one item behind the list's end
-        score = toy_oracle(counts, items, np.array([split.k[n]]))[0]
+        items = [[v for _, v in item] for item in candidates]
+        items.append([0, 0, 0])  # one item after the list's end
+        score = toy_oracle(counts_of(history), np.array([items]), np.array([k]))[0]
         assert score[-1] == -np.inf
         np.testing.assert_allclose(np.exp(score[:-1]) / np.exp(score).sum(), p, rtol=1e-9)
 
 
 def test_equal_evidence_is_ranked_as_it_came(world):
-    pairs = 0
+    pairs, K = 0, CFG.n_candidates
     for n in range(len(world.test)):
-        evidence = [tuple(s) for s in np.split(world.test.trace[n][4:4 + 4 * CFG.n_candidates], CFG.n_candidates)]
+        evidence = [tuple(s) for s in np.split(world.test.trace[n][4:4 + 4 * K], K)]
         order = world.test.order[n].tolist()
-        for a, b in itertools.combinations(range(CFG.n_candidates), 2):
+        for a, b in itertools.combinations(range(K), 2):
             if evidence[a][1:] == evidence[b][1:]:
                 pairs += 1
                 assert order.index(a) < order.index(b)
@@ -192,22 +230,30 @@ def test_equal_evidence_is_ranked_as_it_came(world):
 
 
 def test_targets_are_drawn_from_the_oracle_posterior():
-    split = toy_split(1500, np.full(1500, 4), replace(CFG, n_candidates=5), np.random.default_rng(0))
+    users = toy_users(np.full(1500, 4), 5, False, np.random.default_rng(0))
+    split = toy_examples(*users, CFG.n_labels)
     words = np.array(toy_words(CFG.n_labels))
     best, hits = split.order[:, 0], split.order[:, 0] == split.target
-    p = np.array([bayes(*read_prompt(list(words[row[row != PAD]]))[:2])[b] for row, b in zip(split.prompt[:200], best)])
-    assert abs(hits.mean() - p.mean()) < 4 * (hits.std() / 1500 ** 0.5 + p.std() / 200 ** 0.5)
+    p = []
+    for row, b in zip(split.prompt[:200], best):
+        history, candidates, _ = read_prompt(list(words[row[row != PAD]]))
+        p.append(bayes(history, candidates)[b])
+    p = np.array(p)
+    noise = hits.std() / 1500 ** 0.5 + p.std() / 200 ** 0.5
+    assert abs(hits.mean() - p.mean()) < 4 * noise
     assert (split.target >= 0).all() and (split.target < 4).all()
 
 
 def test_items_that_a_user_takes_agree_as_often_as_the_favourites_say(world):
-    part, n = world.test, np.arange(len(world.test))
+    part, n, K = world.test, np.arange(len(world.test)), CFG.n_candidates
     history = part.prompt[:, 1:1 + 3 * TOY_HISTORY].reshape(len(n), TOY_HISTORY, 3)
-    candidates = part.prompt[:, -4 * CFG.n_candidates:].reshape(len(n), CFG.n_candidates, 4)[:, :, 1:]
-    agree = TOY_Q ** 2 + (1 - TOY_Q ** 2) / TOY_VALUES  # both the favourite, or one of them at least uniform
+    candidates = part.prompt[:, -4 * K:].reshape(len(n), K, 4)[:, :, 1:]
+    # Both take the favourite; or one of them at least is uniform.
+    agree = TOY_Q ** 2 + (1 - TOY_Q ** 2) / TOY_VALUES
     assert abs((history[:, 0] == history[:, 1]).mean() - agree) < 0.04
     assert abs((candidates[n, part.target] == history[:, 2]).mean() - agree) < 0.04
-    assert abs((candidates[n, part.target - 1] == history[:, 2]).mean() - 1 / TOY_VALUES) < 0.04  # another: by chance
+    another = candidates[n, part.target - 1]  # agrees by chance
+    assert abs((another == history[:, 2]).mean() - 1 / TOY_VALUES) < 0.04
 
 
 def test_targets_follow_the_position_prior(world):
@@ -216,27 +262,88 @@ def test_targets_follow_the_position_prior(world):
     assert np.abs(share - prior / prior.sum()).max() < 0.05
 
 
+def test_random_labels_name_the_same_candidates_in_another_way():
+    plain = toy_world(CFG).val
+    random = toy_world(replace(CFG, world="toy_random_labels")).val
+    assert not np.array_equal(random.incoming, plain.incoming)
+    assert np.array_equal(np.sort(random.incoming), np.sort(plain.incoming))
+    # The same labels stand in the prompt, the trace and the incoming order.
+    for split in (plain, random):
+        for n in range(len(split)):
+            labels = split.incoming[n][split.incoming[n] >= 0] + LABEL
+            for row in (split.prompt[n], split.trace[n]):
+                shown = [t for t in row.tolist() if LABEL <= t < LABEL + CFG.n_labels]
+                assert shown == labels.tolist()
+    assert any((random.order[n] != plain.order[n]).any() for n in range(5))
+    long = [(responses(s.trace, s.order) != PAD).sum() for s in (random, plain)]
+    assert long[0] == long[1]
+    # They are the same users: without the labels nothing differs.
+    for a, b in ((random.prompt, plain.prompt), (random.trace, plain.trace)):
+        is_label = (b >= LABEL) & (b < LABEL + CFG.n_labels)
+        assert np.array_equal(a[~is_label], b[~is_label])
+    place = np.take_along_axis(random.incoming, plain.target[:, None].astype(int), 1)[:, 0]
+    assert np.array_equal(place, random.target)
+
+
 def test_the_toy_world_is_the_same_on_every_call_and_for_every_seed(world):
     for cfg in (CFG, replace(CFG, seed=5)):
         again = toy_world(cfg)
         assert again.words == world.words
-        for name in ("train", "val", "test"):
-            for field in ("prompt", "trace", "order", "target", "k"):
-                assert np.array_equal(getattr(getattr(again, name), field), getattr(getattr(world, name), field))
+        for name in SPLITS:
+            a, b = getattr(again, name), getattr(world, name)
+            assert same(a, b) and np.array_equal(a.list_length, b.list_length)
     assert not np.array_equal(world.val.prompt, world.test.prompt[:len(world.val)])
+
+
+@pytest.mark.parametrize("kind", ["toy", "toy_random_labels"])
+def test_no_split_changes_with_the_size_of_another_and_a_shorter_one_is_a_beginning(kind):
+    base = Config(world=kind, n_train=100, n_val=40, n_test=2000)
+    whole = toy_world(base)
+    for name, n in (("train", 30), ("val", 7), ("test", 50), ("train", 101), ("val", 2001)):
+        other = toy_world(replace(base, **{f"n_{name}": n}))
+        for each in SPLITS:
+            a, b = getattr(whole, each), getattr(other, each)
+            assert len(b) == (n if each == name else len(a))
+            shorter = slice(0, min(len(a), len(b)))
+            assert same(a.take(shorter), b.take(shorter)), (name, n, each)
+
+
+@pytest.mark.parametrize("kind", ["toy", "toy_random_labels"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_first_users_are_the_same_when_more_are_drawn_than_go_together(
+        kind, number, monkeypatch):
+    monkeypatch.setattr(toy.world, "TOY_DRAWN", 30)
+    cfg = replace(CFG, world=kind)
+    long = toy_split(100, number, cfg)
+    assert len(long) == 100 and len(np.unique(long.prompt, axis=0)) == 100
+    for n in (1, 29, 30, 31, 60, 61):
+        assert same(toy_split(n, number, cfg), long.take(slice(0, n)))
+
+
+def test_each_split_has_a_stream_of_its_own():
+    parts = [toy_split(50, number, replace(CFG, vary_lists=0.0)).prompt for number in (0, 1, 2)]
+    assert len(np.unique(np.concatenate(parts), axis=0)) == 150
+
+
+def test_only_training_lists_vary_in_length(world):
+    K = CFG.n_candidates
+    assert set(world.train.list_length.tolist()) == set(range(CFG.min_list, K + 1))
+    assert (world.val.list_length == K).all() and (world.test.list_length == K).all()
 
 
 def test_words_are_distinct_and_tokens_are_in_the_vocabulary(world):
     assert len(set(world.words)) == len(world.words) and world.words[LABEL] == "L1"
-    assert [world.words[t] for t in (PAD, MASK, EOS, PROFILE)] == ["[PAD]", "[MASK]", "[EOS]", "<profile>"]
-    for split in (world.train, world.val, world.test):
+    special = [world.words[t] for t in (PAD, MASK, EOS, PROFILE)]
+    assert special == ["[PAD]", "[MASK]", "[EOS]", "<profile>"]
+    for split in splits_of(world):
         for tokens in (split.prompt, responses(split.trace, split.order)):
-            assert tokens.min() >= 0 and tokens.max() < len(world.words) and not (tokens == MASK).any()
-        filled = split.prompt != PAD
-        assert (np.sort(filled, axis=1) == filled).all() and filled[:, -1].all()  # padded on the left
+            assert tokens.min() >= 0 and tokens.max() < len(world.words)
+            assert not (tokens == MASK).any()
+        filled = split.prompt != PAD  # padded on the left
+        assert (np.sort(filled, axis=1) == filled).all() and filled[:, -1].all()
 
 
-# --- Small parts -----------------------------------------------------------------------------------------------------------
+# --- Small parts ------------------------------------------------------------------------------
 
 def test_pack_moves_padding_and_keeps_the_order():
     tokens = np.array([[3, PAD, 5, PAD, PAD], [PAD, 6, PAD, 7, 4], [PAD, PAD, 9, PAD, PAD]])
@@ -245,13 +352,27 @@ def test_pack_moves_padding_and_keeps_the_order():
 
 
 def test_responses_by_hand():
-    trace, order = np.array([[PROFILE, A, PAD], [PROFILE, A, B]], np.int16), np.array([[1, 0, -1], [2, 0, 1]], np.int8)
+    trace = np.array([[PROFILE, A, PAD], [PROFILE, A, B]], np.int16)
+    order = np.array([[1, 0, -1], [2, 0, 1]], np.int8)
     assert responses(trace, order).tolist() == [[PROFILE, A, ANSWER, L2, L1, EOS, PAD, PAD],
                                                 [PROFILE, A, B, ANSWER, L3, L1, L2, EOS]]
 
 
+def test_tensors_are_the_rows_asked_for_without_columns_of_padding():
+    prompt = np.array([[PAD, PAD, 4, 5], [PAD, 3, 4, 5], [2, 3, 4, 5]], np.int16)
+    trace = np.array([[A, PAD, PAD], [A, B, PAD], [A, B, A]], np.int16)
+    none = np.zeros(3, np.int8)
+    order = np.array([[0, 1], [1, 0], [0, 1]], np.int8)
+    split = Split(prompt, trace, order, none, order)
+    got = tensors(split, [1, 0], "cpu")
+    assert got[0].tolist() == [[3, 4, 5], [PAD, 4, 5]]
+    assert got[1].tolist() == [[A, B, ANSWER, L2, L1, EOS], [A, ANSWER, L1, L2, EOS, PAD]]
+
+
 def test_list_lengths_vary_for_the_given_share_over_the_whole_range():
-    lengths = lambda share: list_lengths(4000, replace(CFG, vary_lists=share), np.random.default_rng(0))
+    def lengths(share):
+        return list_lengths(4000, replace(CFG, vary_lists=share), np.random.default_rng(0))
+
     assert (lengths(0.0) == CFG.n_candidates).all()
     share = np.bincount(lengths(1.0), minlength=CFG.n_candidates + 1)[CFG.min_list:] / 4000
     assert share.sum() == 1 and np.abs(share - 0.2).max() < 0.03

@@ -1,5 +1,4 @@
 """Two processes under torchrun (gloo, CPU) do what one does."""
-import json
 import os
 import signal
 import subprocess
@@ -9,87 +8,111 @@ import time
 import pytest
 import torch
 
-import common
-import evaluate
 import gradients
 import train_ar
 import train_cft
 from conftest import ROOT
-from test_recipe import TINY, run
+from plumbing import processes
+from test_runs import TINY, checkpoint, log_of, run
 
-OPTIONS = ["--bfloat16", "false", "--ar_steps", "20", "--cft_steps", "20", "--n_test", "20"]
+ODD = ["--bfloat16", "false", "--ar_steps", "12", "--cft_steps", "12", "--batch_size", "5",
+       "--n_test", "20", "--rl_prompts", "3"]  # rows that two processes cannot share evenly
 
 
 def torchrun(script, *options):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", os.path.join(ROOT, script), *options]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            os.path.join(ROOT, script), *options]
 
 
 def in_two(script, run_dir, *options):
-    done = subprocess.run(torchrun(script, *TINY, "--run_dir", str(run_dir), *OPTIONS, *options), capture_output=True, text=True, timeout=300)
+    command = torchrun(script, *TINY, "--run_dir", str(run_dir), *ODD, *options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def log_of(run_dir, stage):
-    with open(os.path.join(run_dir, "toy", "seed0", stage, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
-
-
-def test_two_processes_train_and_evaluate_like_one(monkeypatch, tmp_path):
-    for module, stage in ((train_ar, "ar"), (train_cft, "cft")):
-        run(module, monkeypatch, tmp_path / "one", *OPTIONS)
+def test_two_processes_train_like_one(monkeypatch, tmp_path):
+    for stage, module in (("ar", train_ar), ("cft", train_cft)):
+        run(module, monkeypatch, tmp_path / "one", *ODD)
         in_two(f"train_{stage}.py", tmp_path / "two")
-        one, two = log_of(tmp_path / "one", stage), log_of(tmp_path / "two", stage)
-        assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(20))
+        one, two = (log_of(tmp_path / name, stage) for name in ("one", "two"))
+        assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(12))
         for a, b in zip(one, two):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    for stage in ("opd", "rl"):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+            assert a.get("valid") == b.get("valid")
+    for stage in ("opd", "rl"):  # here each process draws its own part of the roll-outs
         in_two(f"train_{stage}.py", tmp_path / "two")
         assert [line["step"] for line in log_of(tmp_path / "two", stage)] == list(range(4))
-    run(evaluate, monkeypatch, tmp_path / "two", *OPTIONS)
-    report = lambda: json.load(open(tmp_path / "two" / "toy" / "report.json"))["rows"]
-    alone = report()
-    os.remove(tmp_path / "two" / "toy" / "report.json")
-    in_two("evaluate.py", tmp_path / "two")
-    timing = ("tokens_per_s", "speedup", "latency")
-    assert [{k: v for k, v in row.items() if not k.startswith(timing)} for row in report()] == \
-        [{k: v for k, v in row.items() if not k.startswith(timing)} for row in alone]
 
 
-def test_opd_and_rl_have_one_gradient_however_many_share_the_roll_outs(tmp_path):
+def test_a_step_has_one_gradient_however_many_share_its_rows(tmp_path):
     gradients.main(tmp_path / "one.pt")
-    done = subprocess.run(torchrun("tests/gradients.py", str(tmp_path / "two.pt")), capture_output=True, text=True, timeout=300)
+    command = torchrun(gradients.__file__, str(tmp_path / "two.pt"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
-    for stage in ("opd", "rl"):
-        for name, g in one[stage].items():
-            assert g.abs().max() > 0
-            torch.testing.assert_close(g, two[stage][name], rtol=1e-9, atol=1e-12)
+    for kind, stages in one.items():
+        for stage, weights in stages.items():
+            for name, g in weights.items():
+                assert g.abs().max() > 0, (kind, stage, name)
+                torch.testing.assert_close(g, two[kind][stage][name], rtol=1e-9, atol=1e-12)
 
 
-def test_processes_that_cannot_share_a_batch_say_so(monkeypatch):
-    monkeypatch.setattr(common, "RANKS", 3)
-    with pytest.raises(common.UserError, match="3 processes cannot share 4 rows evenly"):
-        common.mine(4)
+@pytest.mark.parametrize("n, ranks", [(12, 3), (7, 2), (1, 4), (5, 4), (8, 1)])
+def test_rows_are_shared_in_order_and_equally(n, ranks, monkeypatch):
+    monkeypatch.setattr(processes, "RANKS", ranks)
     parts = []
-    for rank in range(3):
-        monkeypatch.setattr(common, "RANK", rank)
-        parts += list(range(12))[common.mine(12)]
-    assert parts == list(range(12))
+    for rank in range(ranks):
+        monkeypatch.setattr(processes, "RANK", rank)
+        parts.append(processes.my_rows(n).tolist())
+    assert len({len(part) for part in parts}) == 1
+    assert sum(parts, [])[:n] == list(range(n))
+
+
+def test_two_processes_draw_different_roll_outs(tmp_path):
+    """Of one prompt given twice each process decodes one copy; all get both."""
+    code = f"""
+import sys
+sys.path[:0] = [{ROOT!r}]
+import dataclasses, torch
+from plumbing import processes
+@dataclasses.dataclass
+class Out:
+    tokens: torch.Tensor
+    rank: torch.Tensor
+def decoder(prompt, rng):
+    return Out(torch.randint(10 ** 9, prompt.shape, generator=rng), prompt * 0 + processes.RANK)
+processes.start("cpu")
+out = processes.shared_decode(decoder, torch.ones(3, 2).long(), torch.Generator().manual_seed(0))
+squares = processes.shared_map(lambda x: x * x, range(5))
+print(processes.RANK, out.tokens[:, 0].tolist(), out.rank[:, 0].tolist(), squares)
+processes.stop()
+"""
+    script = tmp_path / "draw.py"
+    script.write_text(code)
+    done = subprocess.run(torchrun(str(script)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = sorted(done.stdout.strip().split("\n"))
+    assert first[1:] == second[1:]  # both have the whole
+    tokens, ranks, squares = (eval(part + "]") for part in first[2:].split("]")[:3])
+    assert len(set(tokens)) == 3 and ranks == [0, 0, 1] and squares == [0, 1, 4, 9, 16]
 
 
 def test_a_killed_process_ends_the_job_with_a_message(tmp_path):
-    job = subprocess.Popen(torchrun("train_ar.py", *TINY, "--run_dir", str(tmp_path), "--ar_steps", "100000"), stdout=subprocess.DEVNULL,
-                           stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = torchrun("train_ar.py", *TINY, "--run_dir", str(tmp_path), "--ar_steps", "100000")
+    said = tmp_path / "said"  # no pipe: the bar would fill it, and the run stop
+    with open(said, "w") as stderr:
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr,
+                               start_new_session=True)
     try:
         deadline = time.time() + 120
-        while not os.path.exists(tmp_path / "toy" / "seed0" / "ar" / "checkpoint.pt"):
+        while not os.path.exists(checkpoint(tmp_path, "ar")):
             assert time.time() < deadline and job.poll() is None
             time.sleep(0.2)
-        workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        message = job.communicate(timeout=120)[1]
-        assert job.returncode != 0 and "SIGKILL" in message
+        children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+        assert job.wait(timeout=120) != 0 and "SIGKILL" in said.read_text()
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)

@@ -1,4 +1,5 @@
-"""What may happen to a run: kills at random moments, damaged and hostile files. `make torture`, and a small dose in test_torture.py.
+"""What may happen to a run: kills at random moments, damaged and hostile files. `make torture`, and
+a small dose in test_torture.py.
 
     python tests/torture.py 20 10000 FOLDER     # kills of training runs, mutated files
 """
@@ -17,28 +18,38 @@ import numpy as np
 import torch
 
 from conftest import ROOT  # which also sets the path to the modules
-import amazon
-import beauty
-import common
-import train_cft
-from config import UserError, parse_args
-from data import load_world
+from beauty.amazon import read_beauty
+from beauty.world import beauty_world, read_world
+from config import parse_args
 from make_beauty import make_beauty
+from plumbing.checkpoint import checkpoint_path, load_stage, new_model, save_run
+from plumbing.settings import UserError
+from plumbing.teacher import teacher_responses
+from trainer import Run, load_world
 
-TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 --cft_prompts 16 --cft_gold false --eval_batch 8 "
-        "--ar_steps 300 --cft_steps 60 --opd_steps 30 --rl_steps 30 --rl_prompts 2 --rl_group 3 --save_every 1 --valid_every 50 "
-        "--threads 1 --tau 0.9").split()
+TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 1 --n_test 16 --batch_size 4 "
+        "--cft_prompts 16 --cft_gold false --ar_steps 100 --cft_steps 40 --opd_steps 20 "
+        "--rl_steps 20 --rl_prompts 2 --rl_group 3 --every 1 --threads 1 --tau 0.9").split()
 
 
-# --- Kills ------------------------------------------------------------------------------------------------------------------
+# --- Kills ------------------------------------------------------------------------------------
 
 def train(stage, run_dir):
-    return subprocess.Popen([sys.executable, os.path.join(ROOT, f"train_{stage}.py"), *TINY, "--run_dir", run_dir],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """Starts a stage. What it says goes to a file: a pipe that nobody reads would stop it."""
+    script = os.path.join(ROOT, f"train_{stage}.py")
+    with open(run_dir + ".said", "w") as said:
+        return subprocess.Popen([sys.executable, script, *TINY, "--run_dir", run_dir],
+                                stdout=subprocess.DEVNULL, stderr=said)
+
+
+def finish(stage, run_dir):
+    job = train(stage, run_dir)
+    assert job.wait() == 0, open(run_dir + ".said").read()[-2000:]
 
 
 def kill_somewhere(job, folder, rng):
-    """kill -9 at a random moment of the steps or, every other time, while a checkpoint is being written. False if it was too late."""
+    """kill -9 at a random moment of the steps or, every other time, while a checkpoint is being
+    written. False if it was too late."""
     log, writing = os.path.join(folder, "metrics.jsonl"), rng.random() < 0.5
     known = os.path.getsize(log) if os.path.exists(log) else 0
     while job.poll() is None and not (os.path.exists(log) and os.path.getsize(log) > known):
@@ -50,29 +61,33 @@ def kill_somewhere(job, folder, rng):
         time.sleep(rng.random() * 0.5)
     late = job.poll() is not None
     job.send_signal(signal.SIGKILL)
-    job.communicate()
+    job.wait()
     return not late
 
 
 def kills(n, folder, seed=0, say=print):
-    """Every stage once undisturbed and once killed n / 4 times: the same weights to the last bit, each step logged once."""
-    rng, whole, killed = random.Random(seed), os.path.join(folder, "whole"), os.path.join(folder, "killed")
+    """Every stage once undisturbed and once killed n / 4 times: the same weights to the last bit,
+    each step logged once."""
+    os.makedirs(folder, exist_ok=True)
+    rng = random.Random(seed)
+    whole, killed = os.path.join(folder, "whole"), os.path.join(folder, "killed")
     for i, stage in enumerate(("ar", "cft", "opd", "rl")):
-        place = lambda run_dir: os.path.join(run_dir, "toy", "seed0", stage)
-        job = train(stage, whole)
-        assert job.wait() == 0, job.stderr.read()
-        done = sum(kill_somewhere(train(stage, killed), place(killed), rng) for _ in range(n * (i + 1) // 4 - n * i // 4))
-        job = train(stage, killed)
-        assert job.wait() == 0, job.stderr.read()
-        a, b = (torch.load(os.path.join(place(x), "checkpoint.pt"), weights_only=True) for x in (whole, killed))
-        assert a["finished"] and b["finished"] and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-        with open(os.path.join(place(killed), "metrics.jsonl")) as f:
+        finish(stage, whole)
+        place = os.path.join(killed, "toy", "seed0", stage)
+        times = n * (i + 1) // 4 - n * i // 4
+        done = sum(kill_somewhere(train(stage, killed), place, rng) for _ in range(times))
+        finish(stage, killed)
+        a, b = (torch.load(os.path.join(x, "toy", "seed0", stage, "checkpoint.pt"),
+                           weights_only=True) for x in (whole, killed))
+        assert a["finished"] and b["finished"]
+        assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+        with open(os.path.join(place, "metrics.jsonl")) as f:
             assert [json.loads(line)["step"] for line in f] == list(range(a["step"]))
-        assert not glob.glob(os.path.join(place(killed), "*.part"))
+        assert not glob.glob(os.path.join(place, "*.part"))
         say(f"{stage}: killed {done} times, the same weights")
 
 
-# --- Damaged and hostile files ------------------------------------------------------------------------------------------------
+# --- Damaged and hostile files ----------------------------------------------------------------
 
 class Bomb:
     """A pickle that runs a command when it is loaded carelessly."""
@@ -106,8 +121,10 @@ def spoil_bytes(raw, rng):
 def spoil_value(value, rng):
     """Something else in the place of a value, of the same type or another."""
     if isinstance(value, torch.Tensor) and value.numel() and rng.random() < 0.5:
-        return rng.choice((value.flatten()[:-1], value.double(), value.flatten(), value * float("nan") if value.is_floating_point() else value + 10 ** 6))
-    return rng.choice((None, -1, 10 ** 12, "x" * 1000, b"\0", [], {}, {"a": 1}, [value], torch.zeros(3), True, float("nan")))
+        spoiled = value * float("nan") if value.is_floating_point() else value + 10 ** 6
+        return rng.choice((value.flatten()[:-1], value.double(), value.flatten(), spoiled))
+    return rng.choice((None, -1, 10 ** 12, "x" * 1000, b"\0", [], {}, {"a": 1}, [value],
+                       torch.zeros(3), True, float("nan")))
 
 
 def spoil_dict(state, rng):
@@ -125,38 +142,69 @@ def spoil_dict(state, rng):
     return state
 
 
+def spoiled(path, start, marker, rng):
+    """What a file that held the bytes `start` holds after a mutation."""
+    if not path.endswith(".pt") or rng.random() < 0.5:
+        return spoil_bytes(start, rng)
+    bomb = {"stage": "ar", "model": Bomb(marker)}
+    if rng.random() < 0.05:
+        return pickle.dumps(bomb)
+    if rng.random() < 0.05:
+        torch.save(bomb, path)
+    else:
+        with open(path, "wb") as f:
+            f.write(start)
+        torch.save(spoil_dict(torch.load(path, weights_only=True), rng), path)
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def three_checkpoints(cfg, world):
+    """The bytes of a teacher's checkpoint: before its first step, half-way, finished."""
+    found = []
+
+    def save(run, done):
+        save_run(run, done)
+        with open(checkpoint_path(cfg, "ar"), "rb") as f:
+            found.append(f.read())
+
+    run = Run(cfg, "ar", new_model(cfg, world), world)
+    for step in run.steps():
+        if step == 0:
+            save(run, 0)
+        run.update(sum((p ** 2).sum() for p in run.model.parameters()))
+        save(run, step + 1)
+    return found
+
+
 def fuzz(n, folder, seed=0, say=print):
-    """n mutated files at the loaders: each ends in success or in a UserError, within seconds, and nothing is executed."""
+    """n mutated files at the loaders: each ends in success or in a UserError, within seconds, and
+    nothing is executed."""
     os.makedirs(folder, exist_ok=True)
     raw, marker = os.path.join(folder, "raw"), os.path.join(folder, "executed")
     make_beauty(raw, n_users=60, n_items=60)
-    toy = parse_args("", [*TINY, "--run_dir", folder, "--max_steps", "2"])
-    small = parse_args("", [*TINY, "--config", "small", "--data_dir", raw, "--run_dir", folder, "--n_labels", "20", "--n_train", "64"])
+    toy = parse_args("", [*TINY, "--run_dir", folder, "--ar_steps", "2"])
+    small = parse_args("", [*TINY, "--config", "small", "--data_dir", raw, "--run_dir", folder])
     world = load_world(toy)
-    common.Run(toy, "ar", common.new_model(toy, world), world)._save(1)  # half-way: the optimiser is read too
-    unfinished = open(common.checkpoint_path(toy, "ar"), "rb").read()
-    run = common.Run(toy, "ar", common.new_model(toy, world), world)
-    run.n_steps, run.step = 2, 1
-    loss = sum((p ** 2).sum() for p in run.model.parameters())
-    run.update(loss)
-    run._save(1)
-    stepped = open(common.checkpoint_path(toy, "ar"), "rb").read()
-    run._save(2)
-    finished = open(common.checkpoint_path(toy, "ar"), "rb").read()
-    model = common.load_stage(toy, "ar", world)[0]
-    train_cft.teacher_outputs(toy, world, model)
-    beauty.beauty_world(small)
-    outputs, cache = (os.path.join(folder, *p) for p in (("toy", "seed0", "ar", "outputs.pt"), ("small", "world.pt")))
+    unfinished, stepped, finished = three_checkpoints(toy, world)
+    teacher_responses(toy, world, 16)
+    beauty_world(small)
+    teacher, cache = checkpoint_path(toy, "ar"), os.path.join(folder, "small", "world.pt")
+    outputs = os.path.join(os.path.dirname(teacher), "outputs.pt")
+
+    def load_teacher():
+        Run(toy, "ar", new_model(toy, world), world)  # the optimiser is read too
+        load_stage(toy, "ar", world)
+
     loaders = {
-        os.path.join(raw, "items.tsv"): lambda: amazon.read_beauty(raw),
-        os.path.join(raw, "sequences.txt"): lambda: amazon.read_beauty(raw),
-        common.checkpoint_path(toy, "ar"): lambda: (common.Run(toy, "ar", common.new_model(toy, world), world), common.load_stage(toy, "ar", world)),
-        outputs: lambda: train_cft.teacher_outputs(toy, world, model),
-        cache: lambda: beauty.read_world(small, cache, key, "prepared files"),
+        os.path.join(raw, "items.tsv"): lambda: read_beauty(raw),
+        os.path.join(raw, "sequences.txt"): lambda: read_beauty(raw),
+        teacher: load_teacher,
+        outputs: lambda: teacher_responses(toy, world, 16),
+        cache: lambda: read_world(small, key),
     }
     key = torch.load(cache, weights_only=True)["key"]
     good = {path: open(path, "rb").read() for path in loaders}
-    bomb = pickle.dumps({"stage": "ar", "model": Bomb(marker)})
     rng, refused = random.Random(seed), 0
 
     def too_long(*_):
@@ -165,20 +213,9 @@ def fuzz(n, folder, seed=0, say=print):
     signal.signal(signal.SIGALRM, too_long)
     for i in range(n):
         path = rng.choice(list(loaders))
-        start = rng.choice((unfinished, stepped, finished)) if path == common.checkpoint_path(toy, "ar") else good[path]
-        if path.endswith(".pt") and rng.random() < 0.5:
-            if rng.random() < 0.1:
-                new = bomb
-                if rng.random() < 0.5:
-                    torch.save({"stage": "ar", "model": Bomb(marker)}, path)
-                    new = open(path, "rb").read()
-            else:
-                with open(path, "wb") as f:
-                    f.write(start)
-                torch.save(spoil_dict(torch.load(path, weights_only=True), rng), path)
-                new = open(path, "rb").read()
-        else:
-            new = spoil_bytes(start, rng)
+        where = f"mutation {i} (seed {seed}) of {path}"
+        start = rng.choice((unfinished, stepped, finished)) if path == teacher else good[path]
+        new = spoiled(path, start, marker, rng)
         with open(path, "wb") as f:
             f.write(new)
         signal.alarm(20)
@@ -186,13 +223,14 @@ def fuzz(n, folder, seed=0, say=print):
             loaders[path]()
         except UserError as error:
             refused += 1
-            assert str(error).strip() and "\n" not in str(error), f"mutation {i} (seed {seed}) of {path}: {error!r}"
+            sentence = str(error)
+            assert sentence.strip() and "\n" not in sentence, f"{where}: {error!r}"
         except Exception as error:
             shutil.copy(path, os.path.join(folder, "culprit"))
-            raise AssertionError(f"mutation {i} (seed {seed}) of {path}, kept as culprit: {type(error).__name__}: {error}") from error
+            raise AssertionError(f"{where}, kept as culprit: {error!r}") from error
         finally:
             signal.alarm(0)
-        assert not os.path.exists(marker), f"mutation {i} (seed {seed}) of {path} was executed"
+        assert not os.path.exists(marker), f"{where} was executed"
         with open(path, "wb") as f:
             f.write(good[path])
     assert not glob.glob(os.path.join(folder, "**", "*.part"), recursive=True)

@@ -122,4 +122,5 @@ def toy_split(n, number, cfg):
 def toy_world(cfg):
     train = toy_split(cfg.n_train, 0, cfg)
     val, test = toy_split(cfg.n_val, 1, cfg), toy_split(cfg.n_test, 2, cfg)
-    return World(toy_words(cfg.n_labels), cfg.n_labels, train, val, test, "synthetic", {}, checksum="toy")
+    words = toy_words(cfg.n_labels)
+    return World(words, cfg.n_labels, train, val, test, "synthetic", {}, checksum="toy")

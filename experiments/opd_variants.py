@@ -1,0 +1,170 @@
+"""OPD with choices that the lesson does not have: train_opd.py, and the switches of `Options`.
+
+    python experiments/opd_variants.py --config toy --source teacher --states committed
+
+Needs finished AR and CFT checkpoints, as train_opd.py does, or --teacher and --init. It writes
+where train_opd.py writes: give it a --run_dir of its own, as experiments/ablations.py does.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from plumbing.script import script  # noqa: E402  first: it sets how threads wait
+
+from dataclasses import dataclass  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from config import Config  # noqa: E402
+from data import (LABEL, MASK, PAD, draw_batch, in_answer, tensors,  # noqa: E402
+                  token_weights)
+from diffusion import (decode_states, every_block, fill_last_block, predict_blocks,  # noqa: E402
+                       take_blocks)
+from model import Sampling, causal_hidden  # noqa: E402
+from ours.commit import Apart  # noqa: E402
+from ours.labels import exclude_shown  # noqa: E402
+from ours.states import answer_blocks, state_weights  # noqa: E402
+from plumbing.checkpoint import device_of, load_stage, start_from  # noqa: E402
+from plumbing.processes import shared_decode  # noqa: E402
+from plumbing.settings import OneOf, Real, Switch, Text  # noqa: E402
+from plumbing.teacher import teacher_responses  # noqa: E402
+from sampler import NEVER, Decoded, Threshold, block_decode  # noqa: E402
+from trainer import (ROLL_OUT_CLASH, Run, autocast, load_world, rng_for,  # noqa: E402
+                     valid_rate)
+from train_cft import cft_batch, cft_loss, training_responses, validate  # noqa: E402
+from train_opd import divergence, draw_steps  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Options:
+    source: OneOf("student", "teacher") = "student"
+    # whose text: the student's roll-outs; or the teacher's own, greedy, in random states
+    states: OneOf("masked", "committed", "next") = "masked"
+    # scored in a state: all that is masked; what was committed there; the leftmost masked slot
+    teacher_temperature: Real(above=0) = 1.0  # above 1 the target is softer
+    rollout_temperature: Real(0) = 1.0  # of the student's draws; 0: greedy
+    cut: Switch() = False  # nothing counts after the first label that the answer had already
+
+
+@dataclass(frozen=True)
+class VariantConfig(Config):
+    """The settings of a run, these switches among them: a checkpoint belongs to its variant."""
+    opd_variant: Text() = ""
+
+
+def student_text(cfg, options, student, prompt, max_len, rng):
+    """trainer.roll_out at opd_tau, at another temperature."""
+    rule = Apart(cfg.opd_tau, ROLL_OUT_CLASH)
+    if cfg.commit == "threshold":
+        rule = Threshold(cfg.opd_tau)
+
+    def decoder(prompt, rng):
+        drawn = Sampling(options.rollout_temperature, rng)
+        return block_decode(student, prompt, max_len, cfg.block_size, rule, drawn)
+    return shared_decode(decoder, prompt, rng)
+
+
+def as_decoded(response, block_size, rng):
+    """Responses (N, R) as if a sampler had written them, a slot a step: slot 0 of a block first,
+    the others in random order -> Decoded."""
+    filled, in_block = fill_last_block(response, block_size)      # (N, R'), whole blocks
+    place = torch.rand(len(filled), filled.shape[1] // block_size, block_size, generator=rng)
+    place[..., 0] = -1
+    order = place.argsort(-1).argsort(-1).flatten(1).to(response.device)  # (N, R')
+    return Decoded(
+        tokens=F.pad(response, (0, filled.shape[1] - response.shape[1]), value=PAD),
+        filled=torch.where(in_block, filled, MASK),
+        commit_step=torch.where(in_block, order, NEVER),
+        logp=torch.zeros(filled.shape, device=filled.device),
+        forwards=filled.new_zeros(len(filled)))
+
+
+def after_a_repeated_label(tokens, n_labels):
+    """Which tokens (N, R) come after a label that the answer had already: bool (N, R)."""
+    label = in_answer(tokens) & (tokens >= LABEL) & (tokens < LABEL + n_labels)
+    same = (tokens[:, :, None] == tokens[:, None]) & label[:, None] & label[..., None]
+    again = same.tril(-1).any(2)                                  # (N, R)
+    return again.cumsum(1) - again.long() > 0
+
+
+def scored_slots(options, decoded, block, step, open_):
+    """Which slots of the states step of the blocks block (N, M) are scored: bool (N, M, B).
+
+    open_ (N, M, B): those still masked there. First slots always are, from the clean text."""
+    B = open_.shape[-1]
+    scored = open_
+    if options.states == "committed":
+        scored = take_blocks(decoded.commit_step, block, B) == step[..., None]
+    if options.states == "next":
+        scored = open_ & (open_.cumsum(-1) == 1)
+    slot0 = torch.arange(B, device=open_.device) == 0
+    return scored | slot0
+
+
+def variant_loss(cfg, options, student, teacher, prompt, decoded, rng):
+    """train_opd.opd_loss with the switches of options; without them the very same, a scalar."""
+    B, tokens = cfg.block_size, decoded.tokens
+    extra = answer_blocks(tokens, B, cfg.opd_answer_states)
+    block = torch.cat((every_block(tokens, B), extra), dim=1)     # (N, M)
+    step = draw_steps(decoded, block, B, rng)
+    noised, open_ = decode_states(decoded, block, step, B)        # (N, M, B)
+
+    real = take_blocks(tokens != PAD, block, B)                   # (N, M, B)
+    scored = real & scored_slots(options, decoded, block, step, open_)
+    if options.cut:
+        wrong = after_a_repeated_label(tokens, cfg.n_labels)
+        scored &= ~take_blocks(wrong, block, B)
+    weight = take_blocks(token_weights(tokens, cfg.answer_weight), block, B)
+    if cfg.opd_answer_states:
+        weight = weight * state_weights(block, scored, real)
+    weight = weight[scored]                                       # (n,)
+
+    with autocast(cfg, prompt.device):
+        hidden = predict_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
+        predicted = student.logits(hidden[scored])                # (n, V)
+        with torch.no_grad():
+            hidden = causal_hidden(teacher, prompt, tokens)       # (N, R, d)
+            target = teacher.logits(take_blocks(hidden, block, B)[scored])
+    target = target / options.teacher_temperature
+    if cfg.opd_exclude:
+        target = exclude_shown(target, decoded, block, open_, scored)
+    distance = divergence(predicted, target, cfg.opd_divergence)  # (n,)
+    return (distance * weight).sum() / weight.sum()
+
+
+def main(cfg, options):
+    cfg = VariantConfig(**vars(cfg), opd_variant=repr(options))
+    world = load_world(cfg)
+    teacher, _ = load_stage(cfg, "ar", world)
+    student = start_from(cfg, world, "cft")
+    run = Run(cfg, "opd", student, world)
+    responses = training_responses(cfg, world)
+    n_prompts = min(cfg.opd_prompts, len(world.train))
+    if options.source == "teacher":
+        own = teacher_responses(cfg, world, n_prompts)            # whatever cft_gold says
+    for step in run.steps():
+        rng = rng_for(cfg, "opd", step)
+        rows = draw_batch(n_prompts, cfg.batch_size, rng)
+        prompt, _ = tensors(world.train, rows, device_of(cfg))
+        if options.source == "teacher":
+            decoded = as_decoded(own[rows].to(prompt.device), cfg.block_size, rng)
+        else:
+            decoded = student_text(cfg, options, student, prompt, world.max_response, rng)
+
+        loss = distance = variant_loss(cfg, options, student, teacher, prompt, decoded, rng)
+        if cfg.opd_anchor:
+            batch = cft_batch(cfg, world, responses, rng)
+            loss = distance + cfg.opd_anchor * cft_loss(cfg, student, *batch, rng)
+        log = run.update(loss)
+
+        log |= {"divergence": distance.item(),
+                "rollout_valid": valid_rate(decoded.tokens, world.train, rows)}
+        if run.time_to_validate():
+            log |= validate(cfg, world, student)
+        run.log(**log)
+
+
+if __name__ == "__main__":
+    script(main, __doc__, also=Options)
