@@ -24,7 +24,7 @@ class Config:
     teacher: Text() = ""         # checkpoint of an AR teacher, instead of this run's own
     init: Text() = ""            # checkpoint to start from, instead of the stage before
     run_dir: Text() = "runs"     # results: <run_dir>/<config>/, weights: .../seed<seed>/<stage>/
-    threads: Whole(1, 256) = 2   # of the CPU; runs that shall be equal to the bit need as many
+    threads: Whole(1, 256) = 2   # CPU threads; bit-identical runs need the same number
     device: OneOf("auto", "cpu", "cuda") = "auto"  # auto: the GPU, if there is one
     fast: Switch() = True        # the quick twins of fast/, tested equal; false: the plain code
 
@@ -56,13 +56,13 @@ class Config:
     # AR: the teacher
     ar_steps: Whole(0, MANY) = 2500
     ar_lr: Real(0, 1) = 2e-3
-    ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of full lists whose labels move, at the end
+    ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: as cft_misplace; it grows from 0 to this
 
-    # The sampler: how student and blocks are served, chosen on validation users
+    # The sampler: how students decode, chosen on validation users
     block_size: Whole(1, 1024) = 16  # B, tokens denoised in parallel, in training too
-    tau: Real(above=0, high=1) = 0.5  # commit what is surer than this; free after training
+    tau: Real(above=0, high=1) = 0.5  # commit what is surer; can be changed after training
     commit: OneOf("independent", "threshold") = "independent"  # ours [threshold]: rule of commits
-    clash: Real(0, 1) = 0.4        # ours: slots likelier to collide are not committed together
+    clash: Real(0, 1) = 0.4        # ours: unsure slots go together if P(same token) <= this
 
     # CFT: conversion fine-tuning
     cft_steps: Whole(0, MANY) = 3400
@@ -72,7 +72,7 @@ class Config:
     cft_pairs: Switch() = True     # ours [false]: a second copy masks what the first one shows
     cft_first_step: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
     cft_answer_states: Whole(0, 64) = 2  # ours [0]: further noised copies of the answer's blocks
-    cft_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of full lists whose labels move
+    cft_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of full lists shown out of order
     cft_penalty: Real(0) = 0.0     # ours [0]: price on labels that the answer shows already
 
     # OPD: on-policy distillation
@@ -170,7 +170,7 @@ PAPER = dict(
     rl_anchor=0)
 
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the weights of the one before
-# Settings that change no weight. (Of teacher and init, which name files, the weights count.)
+# Settings that change no weight. (teacher and init name files: what counts is what is in them.)
 RUNTIME = {"run_dir", "threads", "device", "fast", "data_dir", "every", "n_val", "n_test",
            "tau", "commit", "clash", "teacher", "init"}
 

@@ -28,6 +28,7 @@ import torch
 SPECIAL = ["[PAD]", "[MASK]", "[EOS]", "<history>", "<last>", "<candidates>", "<profile>",
            "<answer>", "<none>"]
 PAD, MASK, EOS, HISTORY, LAST, CANDIDATES, PROFILE, ANSWER, NONE = range(len(SPECIAL))
+# <last> is Beauty's only: it stands before the latest item of the history.
 LABEL = len(SPECIAL)  # label i (from 0) is token LABEL + i and the word L<i + 1>
 
 
@@ -38,7 +39,7 @@ class Split:
     trace: np.ndarray     # (N, T) int16 tokens, padded on the right: what the rule writes
     order: np.ndarray     # (N, K) int8 labels, best first, by the oracle or the writer
     target: np.ndarray    # (N,)   int8 label of the true next item, -1 if it is not in the list
-    incoming: np.ndarray  # (N, K) int8 labels in pre-ranked order: 0, 1, ..., unless dealt out
+    incoming: np.ndarray  # (N, K) int8 labels in pre-ranked order: 0, 1, ... (or shuffled)
 
     def __len__(self):
         return len(self.prompt)
@@ -81,6 +82,7 @@ class World:
 def pack(tokens, left):
     """Moves the [PAD] of each row (N, T) to one side; the other tokens keep their order."""
     is_pad = tokens == PAD
+    # A stable sort by "is it padding?": the other tokens keep their order.
     order = np.argsort(~is_pad if left else is_pad, axis=1, kind="stable")
     tokens = np.take_along_axis(tokens, order, axis=1)
     used = int((~is_pad).sum(1).max())
@@ -105,8 +107,8 @@ def tensors(split, rows, device):
     return out
 
 
-def list_lengths(n, cfg, rng):
-    """Lengths (n,) of training lists: K, but in a share vary_lists uniform in [min_list, K].
+def draw_list_lengths(n, cfg, rng):
+    """Lengths (n,) of training lists: K, or with probability vary_lists uniform in [min_list, K].
 
     Without this the answer's length could be learned by heart."""
     varied = rng.random(n) < cfg.vary_lists
@@ -122,7 +124,8 @@ def draw_batch(n, size, rng):
 def in_answer(tokens):
     """Which tokens (N, R) come after <answer>: bool (N, R)."""
     is_answer = tokens == ANSWER
-    return is_answer.cumsum(1) - is_answer.long() > 0
+    to_the_left = is_answer.cumsum(1) - is_answer.long()          # how many <answer>
+    return to_the_left > 0
 
 
 def answer_labels(tokens):

@@ -2,16 +2,18 @@
 
 A response is cut into blocks of B tokens, counted from its start. A block sees the prompt, the
 finished blocks before it, and itself in both directions; where a token is not known yet it shows
-[MASK]. In training, one forward reads the prompt, the clean response, and *segments*: copies of
-its blocks in which some tokens are masked. A copy with its masks is a *state* of the block.
+[MASK]. A *state* of a block is the block with some of its tokens masked. In training, one forward
+reads the prompt, the clean response, and *segments*, each of which holds one state of a block; a
+block may have several.
 
-The token shift of the AR model stays: the output at slot i - 1 predicts slot i. So a block's
-first token is predicted by the last *clean* token before the block, as in AR decoding:
+The token shift of the AR model stays: the output at a token predicts the next one. So the first
+token of a block is predicted by the last *clean* token before it, as in AR decoding. In the
+example of data.py, with B = 4:
 
-    clean     ... L1  x3:1 | y4:0 z4:0  L2  ...          a block of 4 starts at y4:0
-                       \\
-    segment             `-> [MASK] z4:0 [MASK] x4:0      slot 0 asks the clean text before it,
-                             `--->  `-->  `--->          slot j asks slot j - 1 of the segment
+    the third block                L2      x4:0     y1:1     z2:0
+    a segment, 1 and 3 masked      L2     [MASK]    y1:1    [MASK]
+    predicted by the output at    z4:0     L2      [MASK]    y1:1
+                                  clean    of the segment itself
 
 At B = 1 nothing but first tokens is left: block diffusion is AR.
 """
@@ -30,32 +32,41 @@ from model import pad_left
 def block_mask(prompt_len, response_len, block_size, block):
     """Who sees whom: bool (N, T, T), True = may see, T = P + R + M B.
 
-    BD3-LM (arXiv 2503.09573, sec. 3.2 and app. B.6), whose noised half has one copy of every
-    block; here segment m of row n is a copy of block[n, m], block (N, M), so that a block may be
-    there in several states. A prompt token is a block of its own: the prompt is causal."""
+    Segment m of row n is a copy of block[n, m], block (N, M). A row of two blocks, a copy of each:
+
+        may see      prompt  block 0  block 1  copy of 0  copy of 1
+        prompt       causal
+        block 0        x        x
+        block 1        x        x        x
+        copy of 0      x                           x
+        copy of 1      x        x                             x
+
+    These are the three masks of BD3-LM (arXiv 2503.09573, sec. 3.2 and app. B.6)."""
     P, R, B = prompt_len, response_len, block_size
     N, M = block.shape
     device = block.device
 
-    # The block of every slot. Blocks of the prompt count down from -1.
+    # The block of every column. A prompt token is a block of its own: -P, ..., -1.
     prompt = torch.arange(-P, 0, device=device)                   # (P,)
     clean = torch.arange(R, device=device) // B                   # (R,)
     shared = torch.cat((prompt, clean)).expand(N, -1)             # (N, P + R)
-    number = torch.cat((shared, block.repeat_interleave(B, 1)), dim=1)  # (N, T)
-    # The segment of every slot: 0 for prompt and clean response, then 1, 2, ...
-    segment = torch.arange(B * (M + 1), device=device) // B       # (B + M B,)
-    segment = torch.cat((segment.new_zeros(P + R), segment[B:]))  # (T,)
+    copies = block.repeat_interleave(B, dim=1)                    # (N, M B)
+    number = torch.cat((shared, copies), dim=1)                   # (N, T)
+    # The segment of every column: -1 for prompt and clean response, then 0 to M - 1.
+    segment = torch.arange(M, device=device).repeat_interleave(B)
+    none = segment.new_full((P + R,), -1)
+    segment = torch.cat((none, segment))                          # (T,)
 
-    query, key = number[:, :, None], number[:, None]              # (N, T, 1), (N, 1, T)
-    same_segment = segment[:, None] == segment                    # (T, T)
-    noised_query = segment[:, None] > 0
-    clean_key = segment == 0
+    query = number[:, :, None]                                    # (N, T, 1)
+    key = number[:, None]                                         # (N, 1, T)
+    noised = segment[:, None] >= 0                                # (T, 1) the query is in a segment
+    clean = segment < 0                                           # (T,) the key is not
     # A block sees itself, in both directions.
-    block_diagonal = (query == key) & same_segment
+    block_diagonal = (query == key) & (segment[:, None] == segment)
     # A noised block sees the finished blocks before it, clean.
-    offset_block_causal = (query > key) & noised_query & clean_key
+    offset_block_causal = (query > key) & noised & clean
     # The clean text sees the clean text up to the end of its block.
-    block_causal = (query >= key) & ~noised_query & clean_key
+    block_causal = (query >= key) & ~noised & clean
     return block_diagonal | offset_block_causal | block_causal
 
 
@@ -70,17 +81,18 @@ def predict_blocks(model, prompt, clean, noised, block):
     M, B = noised.shape[1:]
     device = prompt.device
 
-    # Lay out one row: prompt, clean response, segments; a segment has its block's positions.
+    # Lay out one row: prompt, clean response, segments. A segment stands where its block does.
     tokens = torch.cat((prompt, clean, noised.flatten(1)), dim=1)  # (N, T)
-    lane = torch.arange(B, device=device)                         # place within a block
+    slot = torch.arange(B, device=device)                         # place within a block
     start = P + block[..., None] * B                              # (N, M, 1)
     shared = torch.arange(P + R, device=device).expand(N, -1)     # (N, P + R)
-    slot = torch.cat((shared, (start + lane).flatten(1)), dim=1)  # (N, T)
+    copies = (start + slot).flatten(1)                            # (N, M B)
+    column = torch.cat((shared, copies), dim=1)                   # (N, T)
     pad = pad_left(prompt)                                        # (N, 1)
-    positions = (slot - pad).clamp(min=0)                         # from the first real token
+    positions = (column - pad).clamp(min=0)                       # from the first real token
 
     mask = block_mask(P, R, B, block)                             # (N, T, T)
-    real = slot[:, None, :P] >= pad[..., None]                    # (N, 1, P)
+    real = shared[:, None, :P] >= pad[..., None]                  # (N, 1, P)
     mask[:, :, :P] &= real                                        # nobody sees padding ...
     mask.diagonal(dim1=1, dim2=2).fill_(True)                     # ... but itself
     hidden = model(tokens, positions, mask[:, None])              # (N, T, d)
@@ -88,10 +100,10 @@ def predict_blocks(model, prompt, clean, noised, block):
     # The token shift. Slot 0 is predicted by the clean token before its block, slot j by slot
     # j - 1 of the segment.
     segment = torch.arange(M, device=device)[:, None]             # (M, 1)
-    before = P + R + segment * B + lane - 1                       # (M, B)
-    source = torch.where(lane == 0, start - 1, before)            # (N, M, B)
+    before = P + R + segment * B + slot - 1                       # (M, B)
+    asked = torch.where(slot == 0, start - 1, before)             # (N, M, B) columns
     row = torch.arange(N, device=device)[:, None, None]
-    return hidden[row, source]
+    return hidden[row, asked]
 
 
 # --- Blocks -----------------------------------------------------------------------------------
@@ -104,7 +116,7 @@ def every_block(response, block_size):
 
 
 def take_blocks(x, block, block_size):
-    """The blocks block (N, M) of x (N, R, ...) -> (N, M, B, ...)."""
+    """Cuts x (N, R, ...) into blocks and takes those numbered block (N, M): (N, M, B, ...)."""
     of_row = x.view(len(x), -1, block_size, *x.shape[2:])         # (N, R / B, B, ...)
     row = torch.arange(len(x), device=x.device)[:, None]
     return of_row[row, block]
@@ -115,7 +127,7 @@ def fill_last_block(response, block_size):
 
     The sampler starts every block as B masks and cannot know where the response ends. So the
     slots after [EOS] are part of what it sees: they are filled with [EOS], and trained. Returns
-    also which slots belong to a row's blocks, bool (N, R')."""
+    also which slots belong to a row's blocks, bool (N, R'); the others stay [PAD]."""
     B = block_size
     R = math.ceil(response.shape[1] / B) * B
     response = F.pad(response, (0, R - response.shape[1]), value=PAD)
@@ -137,7 +149,7 @@ def draw_noise(block, block_size, rng):
     n, B = N * M, block_size
     # Stratified: one t in every n-th part of (0, 1]. The same distribution, less variance.
     part = torch.randperm(n, generator=rng)
-    t = 1 - (part + torch.rand(n, generator=rng)) / n             # (n,)
+    t = 1 - (part + torch.rand(n, generator=rng)) / n             # (n,) in (0, 1]: rand is < 1
     masked = torch.rand(n, B, generator=rng) < t[:, None]         # (n, B)
     masked[:, 0] = False
     weight = masked / t[:, None]
@@ -146,7 +158,7 @@ def draw_noise(block, block_size, rng):
     return masked, weight.view(N, M, B).to(block.device)
 
 
-# --- Replay: what the sampler saw, and exact log-probabilities of what it wrote ---------------
+# --- Replay, to be read after sampler.py: exact log-probabilities of what it wrote ------------
 
 def decode_states(decoded, block, step, block_size):
     """Blocks as the sampler saw them in a step: block, step (N, M) -> noised (N, M, B) and which
@@ -164,10 +176,10 @@ def replay_logp(model, prompt, decoded, block_size, temperature=0.0):
     decoded.
 
     A block depends on the clean blocks before it only, so all states of all blocks are segments
-    of one forward (TraceRL, arXiv 2509.06949). Which slots are committed follows from the
-    distributions and not from the drawn tokens. So the product of these probabilities is the
-    likelihood of the response given the tokens that were committed after an early [EOS] in its
-    last block: those were seen but are no part of the response, and are not counted."""
+    of one forward (TraceRL, arXiv 2509.06949). Choosing the slots adds no factor: it follows from
+    the distributions, not from the drawn tokens. So the product of these probabilities is the
+    likelihood of what was drawn, with one exception. Tokens committed after an early [EOS], in
+    its block, are left out: later steps saw them, but they are no part of the response."""
     B = block_size
     N, R = decoded.tokens.shape
     n_blocks = R // B
@@ -176,18 +188,18 @@ def replay_logp(model, prompt, decoded, block_size, temperature=0.0):
 
     # One segment for each block and step; blocks that took fewer steps leave some unused.
     block = every_block(decoded.tokens, B).repeat_interleave(n_steps, 1)  # (N, M)
-    at = torch.arange(n_steps, device=prompt.device).repeat(n_blocks)    # (M,)
-    at = at.expand(N, -1)
-    noised, _ = decode_states(decoded, block, at, B)              # (N, M, B)
+    shown_step = torch.arange(n_steps, device=prompt.device).repeat(n_blocks)  # (M,)
+    shown_step = shown_step.expand(N, -1)
+    noised, _ = decode_states(decoded, block, shown_step, B)      # (N, M, B)
     hidden = predict_blocks(model, prompt, decoded.clean, noised, block)  # (N, M, B, d)
 
     # Every token is scored in one of them, in the step that committed it.
-    scored = take_blocks(step, block, B) == at[..., None]         # (N, M, B)
+    scored = take_blocks(step, block, B) == shown_step[..., None]  # (N, M, B)
     logits = model.logits(hidden[scored]) / (temperature or 1.0)  # (n, V)
     token = take_blocks(decoded.clean, block, B)[scored]          # (n,)
-    every = F.log_softmax(logits, dim=-1)
-    logp = every.gather(-1, token[:, None])[:, 0]                 # (n,)
-    row, segment, lane = scored.nonzero(as_tuple=True)
-    slot = block[row, segment] * B + lane
+    all_logp = F.log_softmax(logits, dim=-1)
+    logp = all_logp.gather(-1, token[:, None])[:, 0]              # (n,)
+    row, segment, slot = scored.nonzero(as_tuple=True)
+    position = block[row, segment] * B + slot                     # in the response
     out = torch.zeros_like(decoded.logp)
-    return out.index_put((row, slot), logp.to(out.dtype))
+    return out.index_put((row, position), logp.to(out.dtype))

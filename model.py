@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from data import EOS, MASK, PAD
 
 
+NO_TOKEN = -1e4  # logit of a token that may not come; -inf * 0 would spoil the KL of OPD
+
+
 def attend(q, k, v, mask):
     """Attention of queries (N, T, H, hd) over keys and values (N, S, H, hd) -> (N, T, H, hd).
 
@@ -43,14 +46,14 @@ def rotate(x, cos, sin):
 class KVCache:
     """Keys and values of the tokens read so far, in every layer.
 
-    A forward appends to what the first `length` slots hold; its own tokens stay only if the
-    caller raises `length` afterwards. So a block in work can be fed again and again."""
+    A forward writes after the first `length` tokens. What it wrote stays only if the caller
+    raises `length` afterwards: an unfinished block can be fed again and again."""
 
-    def __init__(self, model, n_rows, n_slots):
+    def __init__(self, model, n_rows, n_tokens):
         weight = model.embed.weight
         n_head = model.layers[0].n_head
         hd = weight.shape[1] // n_head
-        self.k = weight.new_zeros(len(model.layers), n_rows, n_slots, n_head, hd)
+        self.k = weight.new_zeros(len(model.layers), n_rows, n_tokens, n_head, hd)
         self.v = torch.zeros_like(self.k)
         self.length = 0
 
@@ -105,7 +108,8 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos()[:, None], persistent=False)
         self.register_buffer("sin", angle.sin()[:, None], persistent=False)
         # 1 / sqrt(fan-in). GPT-2's fixed .02 is far too small at this width: attention starts
-        # flat. Layers that write to the residual stream start smaller, the more there are.
+        # flat. The two matrices of a layer that write to the residual stream are divided by
+        # sqrt(2 n_layer), as in GPT-2.
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 writes = name.endswith(("out.weight", "down.weight"))
@@ -126,16 +130,16 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """hidden (..., d) -> logits (..., V), float32 or better.
 
-        [PAD] and [MASK] are only ever read: no decoder may write them. Their logit is a large
-        finite number, since -inf * 0 would spoil the KL of OPD."""
+        [PAD] and [MASK] are only ever read: no decoder may write them."""
         out = F.linear(hidden, self.embed.weight)
-        out[..., [PAD, MASK]] = -1e4
+        out[..., [PAD, MASK]] = NO_TOKEN
         return out.float() if out.dtype == torch.bfloat16 else out
 
 
 # --- AR: reading and decoding from the left ---------------------------------------------------
-# fast/ has a quicker twin of each function marked with singledispatch, tested equal to it. It is
-# run for a FastGPT, the same weights; `--fast false` makes a plain GPT and runs what stands here.
+# fast/ has a quicker twin of each function marked with singledispatch, which picks by the class
+# of the first argument. A FastGPT, the same weights, gets the twin, which is tested equal;
+# `--fast false` makes a plain GPT and runs what stands here.
 
 def pad_left(prompt):
     """Number of [PAD] before each prompt: (N, P) -> (N, 1)."""
@@ -143,7 +147,7 @@ def pad_left(prompt):
 
 
 def causal_mask(pad, first, end):
-    """Who sees whom from the left: slots first..end-1 ask, slots 0..end-1 are seen.
+    """Who sees whom from the left: tokens first..end-1 ask, tokens 0..end-1 are seen.
 
     pad (N, 1): padding at the start of each row -> bool (N, 1, end - first, end)."""
     key = torch.arange(end, device=pad.device)
@@ -181,7 +185,7 @@ GREEDY = Sampling()
 
 def sample(logits, sampling):
     """Draws tokens from logits (..., V) -> tokens (...,), their log-probabilities (...,), and
-    all log-probabilities (..., V), of the tempered distribution."""
+    all log-probabilities (..., V), of the tempered distribution. (Greedily: as at 1.)"""
     tempered = logits / (sampling.temperature or 1.0)
     logp = F.log_softmax(tempered, dim=-1)
     if sampling.temperature == 0:
@@ -223,4 +227,5 @@ def ar_decode(model, prompt, max_len, sampling=GREEDY):
         if not running.any():
             break
         unread = token[:, None]
-    return tokens, logp, (tokens != PAD).sum(1)
+    forwards = (tokens != PAD).sum(1)  # one a token: the prompt's forward writes the first
+    return tokens, logp, forwards

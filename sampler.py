@@ -4,9 +4,9 @@ Block after block from the left. A block starts as B [MASK] tokens; each forward
 them at once, and those that the model is sure of are *committed*; at least one, so every step
 makes progress. A committed token is never taken back.
 
-    step 0   [MASK] [MASK] [MASK] [MASK]      commits y4:0 and L2
-    step 1   y4:0   [MASK] L2     [MASK]      commits z4:0; unsure of the last slot
-    step 2   y4:0   z4:0   L2     [MASK]      commits x4:0: three forwards for four tokens
+    step 0   [MASK] [MASK] [MASK] [MASK]      commits L2 and y1:1
+    step 1   L2     [MASK] y1:1   [MASK]      commits x4:0; unsure of the last slot
+    step 2   L2     x4:0   y1:1   [MASK]      commits z2:0: three forwards for four tokens
 
 `plain_decode` is the algorithm; `block_decode` is the same with a cache.
 """
@@ -27,7 +27,12 @@ NEVER = 10 ** 6  # commit step of a slot that was never committed
 
 @dataclass
 class Decoded:
-    """What a decode leaves: enough to score it and to replay it. R is a number of whole blocks."""
+    """What a decode leaves: enough to score it and to replay it. R: whole blocks. The last one:
+
+        filled  L4 [EOS] L1    [MASK]     L1 was committed before [EOS] was
+        tokens  L4 [EOS] [PAD] [PAD]
+        clean   L4 [EOS] L1    [EOS]
+    """
     tokens: torch.Tensor       # (N, R) the response up to its first [EOS], then [PAD]
     filled: torch.Tensor       # (N, R) all that was committed, after [EOS] too; else [MASK]
     commit_step: torch.Tensor  # (N, R) step of its block in which a slot was committed, or NEVER
@@ -36,7 +41,7 @@ class Decoded:
 
     @property
     def clean(self):
-        """(N, R) the finished text, [EOS] where nothing was committed: no scored token sees it."""
+        """(N, R) filled, with [EOS] where nothing was committed: no scored token sees those."""
         return torch.where(self.filled == MASK, EOS, self.filled)
 
     def take(self, rows):
@@ -49,15 +54,15 @@ class Threshold:
     tau: float
 
     def choose(self, logp, open_, forced):
-        """logp (N, B, V); open_, forced (N, B) bool, slots that may and that must be committed
-        -> slots to commit now (N, B). Depends on the distributions, not on the drawn tokens."""
+        """logp (N, B, V); open_ (N, B) bool, slots that still show [MASK]; forced (N, B), those
+        that must be committed -> slots to commit now (N, B). Never looks at drawn tokens."""
         confidence = logp.amax(-1).exp()                          # (N, B)
         confidence = torch.where(open_, confidence, -1.0)
         sure = confidence > self.tau
         # At least one slot, so that every step makes progress: a forced one, or the surest.
         best = F.one_hot(confidence.argmax(1), logp.shape[1]).bool()
-        alone = ~forced.any(1, keepdim=True)                      # (N, 1)
-        return sure | forced | (best & open_ & alone)
+        none_forced = ~forced.any(1, keepdim=True)                # (N, 1)
+        return sure | forced | (best & open_ & none_forced)
 
 
 def unfinished(tokens):
@@ -78,32 +83,32 @@ def nothing_yet(model, prompt, max_len, block_size):
         forwards=prompt.new_zeros(N))
 
 
-def open_slots(decoded, slots):
-    """Open slots (N, B) of a block, a slice; none where the response has ended before."""
-    running = (decoded.filled[:, :slots.start] != EOS).all(1, keepdim=True)    # (N, 1)
-    return unfinished(decoded.filled[:, slots]) & running
+def open_slots(decoded, span):
+    """Open slots (N, B) of the block at span, a slice; none if the response ended before it."""
+    running = (decoded.filled[:, :span.start] != EOS).all(1, keepdim=True)    # (N, 1)
+    return unfinished(decoded.filled[:, span]) & running
 
 
-def commit(decoded, slots, step, logits, rule, sampling):
-    """One step of a block, a slice of slots: draws its tokens from logits (N, B, V), and commits
+def commit(decoded, span, step, logits, rule, sampling):
+    """One step of the block at span, a slice: draws its tokens from logits (N, B, V), and commits
     those that the rule chooses."""
-    open_ = open_slots(decoded, slots)                            # (N, B)
-    drawn, token_logp, every = sample(logits, sampling)           # (N, B), (N, B), (N, B, V)
+    open_ = open_slots(decoded, span)                            # (N, B)
+    drawn, token_logp, all_logp = sample(logits, sampling)        # (N, B), (N, B), (N, B, V)
     # Slot 0 is predicted from the clean text alone, so no later step would know it better.
     forced = torch.zeros_like(open_)
     if step == 0:
         forced[:, 0] = open_[:, 0]
-    chosen = rule.choose(every, open_, forced)
+    chosen = rule.choose(all_logp, open_, forced)
 
-    filled, logp = decoded.filled[:, slots], decoded.logp[:, slots]
-    decoded.filled[:, slots] = torch.where(chosen, drawn, filled)
-    decoded.logp[:, slots] = torch.where(chosen, token_logp, logp)
-    decoded.commit_step[:, slots].masked_fill_(chosen, step)
+    filled, logp = decoded.filled[:, span], decoded.logp[:, span]
+    decoded.filled[:, span] = torch.where(chosen, drawn, filled)
+    decoded.logp[:, span] = torch.where(chosen, token_logp, logp)
+    decoded.commit_step[:, span].masked_fill_(chosen, step)
     decoded.forwards += open_.any(1)
 
 
 def finished(decoded):
-    """Cuts responses after their first [EOS]: fills in what Decoded says of tokens and logp."""
+    """Sets tokens and logp: what was committed up to the first [EOS], then [PAD] and 0."""
     is_end = decoded.filled == EOS
     after = is_end.cumsum(1) - is_end.long() > 0
     unwritten = after | (decoded.filled == MASK)                  # (N, R)
@@ -121,14 +126,15 @@ def plain_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY):
     B = block_size
     decoded = nothing_yet(model, prompt, max_len, B)
     for number, begin in enumerate(range(0, decoded.filled.shape[1], B)):
-        slots = slice(begin, begin + B)
+        span = slice(begin, begin + B)
         block = prompt.new_full((len(prompt), 1), number)         # (N, 1) one segment a row
         step = 0
-        while open_slots(decoded, slots).any():
-            state = decoded.filled[:, None, slots]                # (N, 1, B)
+        while open_slots(decoded, span).any():
+            state = decoded.filled[:, None, span]                # (N, 1, B)
+            # Of the clean text a block sees what is before it: that is finished.
             hidden = predict_blocks(model, prompt, decoded.clean, state, block)
             logits = model.logits(hidden[:, 0])                   # (N, B, V)
-            commit(decoded, slots, step, logits, rule, sampling)
+            commit(decoded, span, step, logits, rule, sampling)
             step += 1
     return finished(decoded)
 
@@ -136,9 +142,9 @@ def plain_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY):
 # --- The same, with a cache -------------------------------------------------------------------
 
 def block_causal_mask(pad, prompt_len, block_size, first, end):
-    """Who sees whom while decoding: slots first..end-1 ask, 0..end-1 are seen.
+    """Who sees whom while decoding: tokens first..end-1 ask, tokens 0..end-1 are seen.
 
-    The prompt is causal, a slot of the response sees its whole block.
+    The prompt is causal, a token of the response sees its whole block.
     pad (N, 1): padding at the start of each row -> bool (N, 1, end - first, end)."""
     P, B = prompt_len, block_size
     key = torch.arange(end, device=pad.device)
@@ -176,19 +182,19 @@ def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY):
         return model(tokens, positions.clamp(min=0), mask, cache)  # (N, T, d)
 
     for begin in range(0, R, B):
-        slots = slice(begin, begin + B)
+        span = slice(begin, begin + B)
         step = 0
-        while open_slots(decoded, slots).any():
-            block = decoded.filled[:, slots]                      # (N, B)
+        while open_slots(decoded, span).any():
+            block = decoded.filled[:, span]                      # (N, B)
             if step == 0:
                 hidden = forward(torch.cat((unread, block), dim=1))
                 hidden = hidden[:, -B - 1:-1]                     # the token shift
                 cache.length += unread.shape[1]                   # the open block is not kept
             else:
                 hidden = forward(block)
-                # The shift again. Slot 0 is committed: what stands there is not looked at.
+                # The shift again. Slot 0 is committed, so whatever predicts it is not used.
                 hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
-            commit(decoded, slots, step, model.logits(hidden), rule, sampling)
+            commit(decoded, span, step, model.logits(hidden), rule, sampling)
             step += 1
-        unread = decoded.filled[:, slots]
+        unread = decoded.filled[:, span]
     return finished(decoded)

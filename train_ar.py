@@ -25,16 +25,16 @@ from plumbing.settings import UserError
 from trainer import Run, autocast, load_world, rng_for, valid_rate
 
 
-def ar_loss(cfg, model, prompt, response, shown_slot):
+def ar_loss(cfg, model, prompt, response, shown_from):
     """The loss, and -log p of every token (N, R).
 
         L = sum_i w_i (-log p(y_i | y_<i, prompt)) / sum_i w_i
 
-    prompt (N, P), response (N, R). shown_slot (N, R) is ours: with labels out of place the model
-    reads what is shown, and must say the best label that is left."""
+    prompt (N, P), response (N, R). shown_from (N, R) is ours: whose token each position shows.
+    Without misplaced labels it is 0, 1, 2, ..., and read = target = response."""
     weight = token_weights(response, cfg.answer_weight)           # (N, R)
-    read = response.gather(1, shown_slot)                         # ours; the paper: response
-    target = response.gather(1, best_left(shown_slot))            # ours; the paper: response
+    read = response.gather(1, shown_from)                         # ours; the paper: response
+    target = response.gather(1, best_left(shown_from))            # ours; the paper: response
     with autocast(cfg, prompt.device):
         hidden = causal_hidden(model, prompt, read)               # (N, R, d)
         logits = model.logits(hidden).transpose(1, 2)             # (N, V, R)
@@ -65,10 +65,10 @@ def main(cfg):
         rng = rng_for(cfg, "ar", step)
         rows = draw_batch(len(world.train), cfg.batch_size, rng)
         prompt, response = tensors(world.train, rows, device_of(cfg))
-        # The share of misplaced labels grows from none: a model that does not know the order yet
-        # does not learn it from broken ones.
-        shown_slot = misplaced(response, cfg.ar_misplace * step / run.n_steps, rng)
-        loss, nats = ar_loss(cfg, model, prompt, response, shown_slot)
+        # The share of misplaced labels grows from 0: a model that does not know the right order
+        # yet cannot learn it from wrong ones.
+        shown_from = misplaced(response, cfg.ar_misplace * step / run.n_steps, rng)
+        loss, nats = ar_loss(cfg, model, prompt, response, shown_from)
         log = run.update(loss)
 
         real = response != PAD

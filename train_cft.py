@@ -8,8 +8,8 @@ traces and reference answers. Written at once, tokens are chosen independently, 
 be a function of the prompt: where two labels are equally likely, both slots may take the same one,
 and the answer shows one label twice and another not at all.
 
-Logged: loss; now and then, of 64 validation users decoded at the operating point, valid (near 0 at
-first: the naive conversion) and tokens_per_forward. Judge the two together.
+Logged: loss; now and then, of 64 validation users decoded as the settings say, valid (near 0 at
+first, the naive conversion's) and tokens_per_forward. Judge the two together.
 """
 from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
 
@@ -45,6 +45,13 @@ def cft_batch(cfg, world, responses, rng):
     return prompt, response[:, :longest]
 
 
+def weights_in_blocks(cfg, response, in_block):
+    """Weights of tokens (N, R) in whole blocks (N, R'). An [EOS] that fills up weighs 1."""
+    weight = token_weights(response, cfg.answer_weight)
+    weight = F.pad(weight, (0, in_block.shape[1] - response.shape[1]))
+    return torch.where(in_block & (weight == 0), 1.0, weight)
+
+
 def draw_states(cfg, response, filled, rng):
     """The states in which the blocks of a batch are shown: which block each is a copy of (N, M),
     which of its slots are masked (N, M, B), and the loss weight of each slot (N, M, B).
@@ -66,46 +73,54 @@ def cft_loss(cfg, model, prompt, response, rng):
 
     -log p(y) <= sum over blocks of -log p(first token | clean past)
                             + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
-    (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes with the token shift.) Without our lines
-    and at answer_weight 1 it is an unbiased estimate of this bound; at block size 1, the AR loss.
-    prompt (N, P) padded on the left, response (N, R) padded on the right."""
-    B = cfg.block_size
-    shown_slot = misplaced(response, cfg.cft_misplace, rng)       # ours: (N, R)
-    weight = token_weights(response, cfg.answer_weight)           # (N, R)
+    (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes with the token shift.) Without our
+    lines, and at answer_weight 1, it is an unbiased estimate of this bound:
 
-    # Whole blocks. The [EOS] that fill up the last one weigh as a trace token does.
-    filled, in_block = fill_last_block(response, B)               # (N, R')
-    more = filled.shape[1] - response.shape[1]
-    weight = F.pad(weight, (0, more))
-    weight = torch.where(in_block & (weight == 0), 1.0, weight)
-    shown_slot = extend(shown_slot, more)                         # ours: (N, R')
-    shown = filled.gather(1, shown_slot)                          # the paper: filled
+        block     every block once
+        masked    draw_noise(block), with the weights w
+        noised    [MASK] where masked, else the block
+        loss      sum of w * -log p(true token | noised, clean past) / number of tokens
+
+    At block size 1 it is the AR loss. prompt (N, P) padded on the left, response (N, R) on the
+    right."""
+    B = cfg.block_size
+    shown_from = misplaced(response, cfg.cft_misplace, rng)       # ours: (N, R)
+    filled, in_block = fill_last_block(response, B)               # (N, R'), whole blocks
+    token_weight = weights_in_blocks(cfg, response, in_block)     # (N, R')
+    shown_from = extend(shown_from, filled.shape[1])              # ours: (N, R')
+    shown = filled.gather(1, shown_from)                          # the paper: filled
 
     # 1. Draw the states: copies of the blocks, with some slots masked.
-    block, masked, state_weight = draw_states(cfg, response, filled, rng)
+    block, masked, noise_weight = draw_states(cfg, response, filled, rng)
 
     # 2. Show them.
     noised = torch.where(masked, MASK, take_blocks(shown, block, B))  # (N, M, B)
 
     # 3. Predict.
-    left = what_is_left(shown_slot, block, masked)                # ours: (N, M, B)
-    target = filled.gather(1, left.flatten(1)).view_as(noised)    # the paper: the block itself
-    slot_weight = state_weight * take_blocks(weight, block, B)
+    left = what_is_left(shown_from, block, masked)                # ours: (N, M, B)
+    target = filled.gather(1, left.flatten(1)).view_as(noised)    # the paper: of filled, block
+    slot_weight = noise_weight * take_blocks(token_weight, block, B)
     asked = slot_weight > 0                                       # the others need no logits
     with autocast(cfg, prompt.device):
         hidden = predict_blocks(model, prompt, shown, noised, block)  # (N, M, B, d)
         logits = model.logits(hidden[asked])                      # (n, V)
     nats = F.cross_entropy(logits, target[asked], reduction="none")   # (n,)
 
-    # 4. Weigh.
+    # 4. Weigh. A slot's noise weights have mean 1, so this is a mean over tokens.
     if cfg.cft_penalty:                                           # ours
         price = price_of_taken(response, shown, block, masked, asked, logits)
         nats = nats + cfg.cft_penalty * price
-    return (nats * slot_weight[asked]).sum() / weight.sum()
+    return (nats * slot_weight[asked]).sum() / token_weight.sum()
+
+
+def anchor_loss(cfg, world, model, responses, rng):
+    """Ours: the CFT loss of a batch of its own, kept in the mix by OPD and RL."""
+    prompt, response = cft_batch(cfg, world, responses, rng)
+    return cft_loss(cfg, model, prompt, response, rng)
 
 
 def validate(cfg, world, model, n=64):
-    """valid and tokens_per_forward on the first validation users, at the operating point."""
+    """valid and tokens_per_forward on the first validation users, at the settings' tau."""
     rows = range(min(n, len(world.val)))
     prompt, _ = tensors(world.val, rows, device_of(cfg))
     decoded = decode(cfg, model, prompt, world.max_response)

@@ -9,9 +9,9 @@ others, made by its own choices. So the student decodes, and in states that it m
 distributions are pulled towards those of the teacher, which reads the same finished text from the
 left (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712).
 
-The paper takes the forward KL and no anchor. After our longer CFT the presets take the JSD, since
-forward KL makes the student as unsure as its teacher, which costs forwards, and keep the CFT loss
-in the mix; at a low rate, since a higher one unlearns what CFT has learned (docs/findings.md).
+The paper takes the forward KL and no anchor. Our presets take the JSD: the forward KL makes the
+student as unsure as its teacher, and that costs forwards. They keep the CFT loss in the mix, as an
+anchor, and a low rate: a higher one unlearns what CFT has learned (docs/findings.md).
 
 Logged: loss (both terms); divergence alone; rollout_valid (share of valid answers among the drawn
 ones); valid and tokens_per_forward as in CFT.
@@ -23,13 +23,13 @@ import torch.nn.functional as F
 
 from data import PAD, draw_batch, tensors, token_weights
 from diffusion import decode_states, every_block, predict_blocks, take_blocks
-from model import causal_hidden
+from model import NO_TOKEN, causal_hidden
 from ours.labels import exclude_shown
 from ours.states import answer_blocks, state_weights
 from plumbing.checkpoint import device_of, load_stage, start_from
 from sampler import NEVER
 from trainer import Run, autocast, load_world, rng_for, roll_out, valid_rate
-from train_cft import cft_batch, cft_loss, training_responses, validate
+from train_cft import anchor_loss, training_responses, validate
 
 
 def kl(log_p, log_q):
@@ -47,9 +47,9 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     """
     log_t = F.log_softmax(teacher_logits, -1)
     if kind == "reverse":
-        # It is infinite where T is 0. So tokens that the target excludes are left out of S too:
-        # what is compared is the choice among the others.
-        student_logits = student_logits.masked_fill(teacher_logits <= -1e4, -1e4)
+        # Infinite where T is 0. So tokens that the target excludes are taken out of S too, and
+        # the two are compared on the rest.
+        student_logits = student_logits.masked_fill(teacher_logits <= NO_TOKEN, NO_TOKEN)
     log_s = F.log_softmax(student_logits, -1)
     if kind == "forward":
         return kl(log_t, log_s)
@@ -61,7 +61,9 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
 
 
 def draw_steps(decoded, block, block_size, rng):
-    """A step of each block (N, M), uniform among those that the sampler took there: (N, M)."""
+    """A step of each block (N, M), uniform among those that the sampler took there: (N, M).
+
+    0 for a block after the response's end."""
     step = take_blocks(decoded.commit_step, block, block_size)    # (N, M, B)
     last = step.masked_fill(step == NEVER, -1).amax(-1)           # (N, M)
     n_steps = last + 1
@@ -84,7 +86,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     step = draw_steps(decoded, block, B, rng)
     noised, open_ = decode_states(decoded, block, step, B)        # (N, M, B)
 
-    # 2. Scored are the slots still masked there, and first ones, from the clean text.
+    # 2. Score the slots still masked there, and always slot 0: the clean text predicts it.
     slot0 = torch.arange(B, device=tokens.device) == 0
     real = take_blocks(tokens != PAD, block, B)                   # (N, M, B)
     scored = real & (slot0 | open_)
@@ -120,17 +122,18 @@ def main(cfg):
     for step in run.steps():
         rng = rng_for(cfg, "opd", step)
 
-        # The student writes. (The teacher need not have answered these prompts.)
+        # The student writes, to any training prompts: no answers of the teacher are needed.
         n_prompts = min(cfg.opd_prompts, len(world.train))
         rows = draw_batch(n_prompts, cfg.batch_size, rng)
         prompt, _ = tensors(world.train, rows, device_of(cfg))
         decoded = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau, rng)
 
         # The teacher corrects.
-        loss = distance = opd_loss(cfg, student, teacher, prompt, decoded, rng)
+        distance = opd_loss(cfg, student, teacher, prompt, decoded, rng)
+        loss = distance
         if cfg.opd_anchor:                                        # ours
-            batch = cft_batch(cfg, world, responses, rng)
-            loss = distance + cfg.opd_anchor * cft_loss(cfg, student, *batch, rng)
+            anchor = anchor_loss(cfg, world, student, responses, rng)
+            loss = distance + cfg.opd_anchor * anchor
         log = run.update(loss)
 
         log["divergence"] = distance.item()

@@ -6,18 +6,22 @@
 
 The student samples a group of responses to each prompt; the reward says how far the true target
 rose. Log-probabilities are replayed in the very states in which tokens were committed, so that
-importance ratios are exact. Which slots are committed together is held fixed in the ratio.
+importance ratios are exact. The ratio takes as given which slots each step committed.
 
 The CFT loss stays in the mix as an anchor, where others have a KL to the reference model. The
 paper has none; without it fewer answers are valid here (docs/findings.md).
 
-Logged: reward, sampled_valid, copied (mean reward, shares of valid answers and of copied lists);
-signal (share of groups whose rewards differ); replay_off (mean |log-probability replayed -
-recorded|: 0 but for bfloat16); ratio_off and clipped (mean |r - 1| and share of tokens beyond the
-clip in the last update: near 0 the policy hardly moved); sampled_nats (mean -log p of what was
-sampled: it falls as the policy sharpens); valid and tokens_per_forward as in CFT.
+Logged, beside valid and tokens_per_forward as in CFT:
+    reward, sampled_valid, copied    mean reward; shares of valid answers, of copied lists
+    signal          share of groups whose rewards differ
+    replay_off      mean |log-probability replayed - recorded|: 0 except in bfloat16
+    ratio_off       mean |r - 1| in the last update: near 0 the policy hardly moved
+    clipped         share of tokens beyond the clip then
+    sampled_nats    mean -log p of what was sampled: it falls as the policy sharpens
 """
 from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
+
+import functools
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from diffusion import replay_logp
 from plumbing.checkpoint import device_of, start_from
 from plumbing.settings import UserError
 from trainer import Run, autocast, load_world, rng_for, roll_out
-from train_cft import cft_batch, cft_loss, training_responses, validate
+from train_cft import anchor_loss, training_responses, validate
 
 
 def reward(before, after, k, valid, alpha, conditional):
@@ -38,10 +42,10 @@ def reward(before, after, k, valid, alpha, conditional):
     length. -1 is below the worst valid answer, (0 - (k - 1)) / k: with 0 an invalid answer would
     beat every demotion. The bonus is paid only if the target rose, or stood first and still does:
     GR2 found that paid for format alone (conditional=False) it teaches to copy the input."""
-    rank = (before - after) / k
+    rise = (before - after) / k
     stayed_first = (before == 0) & (after == 0)
-    bonus = (rank > 0) | stayed_first if conditional else np.ones_like(valid)
-    return np.where(valid, rank + alpha * bonus, -1.0)
+    bonus = (rise > 0) | stayed_first if conditional else np.ones_like(valid)
+    return np.where(valid, rise + alpha * bonus, -1.0)
 
 
 def advantages(rewards):
@@ -67,7 +71,7 @@ def policy_loss(logp, old_logp, advantage, is_token, eps_low, eps_high):
     return -(surrogate * is_token).sum() / is_token.sum(), ratio
 
 
-def score(cfg, world, rows, decoded):
+def score_answers(cfg, world, rows, decoded):
     """Rewards (N,) of responses to training rows (N,), and figures for the log."""
     incoming = world.train.incoming[rows]                         # (N, K) labels
     target = world.train.target[rows, None]                       # (N, 1)
@@ -87,8 +91,9 @@ def score(cfg, world, rows, decoded):
 def update(cfg, run, prompt, decoded, advantage, anchor):
     """rl_epochs updates on the same responses; the clip acts from the second on.
 
-    The old log-probabilities are those of the first replay: the sampler's own record in float32
-    (replay_off), and free of rounding differences where bfloat16 replays are much cheaper.
+    The old log-probabilities come from the first replay, not from the sampler. In float32 both are
+    equal. In bfloat16 the sampler's, which are float32, would differ by rounding, and the first
+    ratio would not be 1.
     prompt (N, P), advantage (N,); anchor() -> a loss to be added -> figures for the log."""
     is_token = decoded.tokens != PAD                              # (N, R)
     old_logp = None
@@ -129,10 +134,6 @@ def main(cfg):
         raise UserError("no training list holds its target, so there is nothing to reward: use a "
                         "larger --n_train")
 
-    def anchor():
-        batch = cft_batch(cfg, world, responses, rng)
-        return cft_loss(cfg, model, *batch, rng)
-
     for step in run.steps():
         rng = rng_for(cfg, "rl", step)
 
@@ -144,7 +145,7 @@ def main(cfg):
         decoded = roll_out(cfg, model, prompt, world.max_response, cfg.rl_tau, rng)
 
         # 2. Reward them, and compare the samples of a prompt.
-        rewards, log = score(cfg, world, rows, decoded)
+        rewards, log = score_answers(cfg, world, rows, decoded)
         groups = torch.from_numpy(rewards).float().view(-1, cfg.rl_group)
         advantage, signal = advantages(groups)                    # (prompts, group), (prompts,)
         log["signal"] = signal.float().mean().item()
@@ -154,6 +155,7 @@ def main(cfg):
             kept = signal.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
             advantage = advantage.flatten().to(prompt.device)[kept]
             part = decoded.take(kept)
+            anchor = functools.partial(anchor_loss, cfg, world, model, responses, rng)
             log |= update(cfg, run, prompt[kept], part, advantage, anchor)
         if run.time_to_validate():
             log |= validate(cfg, world, model)

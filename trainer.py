@@ -79,7 +79,7 @@ class Run:
         self.path = checkpoint_path(cfg, stage)
         self.optimizer = optimizer_of(model, self.peak_lr)
         self.shown = {}  # in the bar
-        resume(self)     # sets self.first, self.seconds, self.finished
+        resume(self)     # plumbing/checkpoint.py sets self.first, self.seconds, self.finished
         share_rows(model)
 
     def steps(self):
@@ -142,7 +142,7 @@ class Run:
     def time_to_validate(self):
         """Every so many steps, and after 1, 2, 4, 8, ...: answers fall into place early."""
         done = self.step + 1
-        power_of_two = done & (done - 1) == 0
+        power_of_two = (done & (done - 1)) == 0
         return done % self.cfg.every == 0 or power_of_two or done == self.n_steps
 
 
@@ -164,7 +164,7 @@ def decode(cfg, model, prompt, max_len, tau=None):
 def roll_out(cfg, model, prompt, max_len, tau, rng):
     """Responses (N, R) that a student draws at temperature 1, for OPD and RL -> Decoded.
 
-    Their rule does not keep labels apart: mistakes teach."""
+    Sure slots may take one label here, since Apart is given no labels: mistakes teach."""
     rule = Threshold(tau) if cfg.commit == "threshold" else Apart(tau, ROLL_OUT_CLASH)
 
     def decoder(prompt, rng):

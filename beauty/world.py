@@ -12,11 +12,10 @@ from beauty.prerank import K, check_size
 from beauty.tokens import beauty_words, tokenize
 from beauty.writer import write_scores
 from config import folder
-from data import Split, World, list_lengths
+from data import Split, World, draw_list_lengths
 from plumbing.checkpoint import checksum, load_tensors, save_tensors
 from plumbing.processes import RANK, barrier
 from plumbing.settings import UserError
-from data import list_lengths
 
 FRESH = "prerank, fresh"  # reference row: the pre-ranker with the counts of the evidence
 CACHE = "8"               # to be raised when the meaning of the cached arrays changes
@@ -104,7 +103,7 @@ def make_world(cfg, key, source, content, data):
     for name, lists in zip(SPLITS, (train, val, test)):
         length = np.full(len(lists.user), cfg.n_candidates)
         if name == "train":
-            length = list_lengths(len(lists.user), cfg, rng)
+            length = draw_list_lengths(len(lists.user), cfg, rng)
         split = tokenize(lists, items, words, length, cfg.n_candidates)
         arrays = [getattr(split, field.name) for field in fields_of(split)]
         saved[name] = [torch.from_numpy(array) for array in arrays]

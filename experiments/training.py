@@ -27,9 +27,9 @@ PARTS = {  # stage: what is timed, name -> (where a function is looked up, its n
             **UPDATE},
     "opd": {"roll-out": (train_opd, "roll_out"),
             "divergence: student and teacher read": (train_opd, "opd_loss"),
-            "CFT loss": (train_opd, "cft_loss"), **UPDATE},
+            "CFT loss": (train_opd, "anchor_loss"), **UPDATE},
     "rl": {"roll-out": (train_rl, "roll_out"), "replay": (train_rl, "replay_logp"),
-           "CFT loss": (train_rl, "cft_loss"), **UPDATE}}
+           "CFT loss": (train_rl, "anchor_loss"), **UPDATE}}
 
 
 def settings(cfg, stage, run_dir):

@@ -3,8 +3,8 @@
 Slots are drawn independently, so two may take one label, and another label never comes. The
 paper's rule (sampler.Threshold) does not look. With tau = .9, confidence and label of each slot:
 
-    1: .95 L4    2: .92 L4    3: .97 L1     commits 1 and 3; slot 2 sees L4 and decides anew
-    1: .60 L4    2: .50 L4    3: .55 L1     none is sure: commits 1 and 3, which cannot collide
+    0: .95 L4    1: .92 L4    2: .97 L1     commits 0 and 2; slot 1 sees L4 and decides anew
+    0: .60 L4    1: .50 L4    2: .55 L1     none is sure: commits 0 and 2, which hardly collide
 """
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ class Apart:
     """Commits slots that are surer than tau, but of those that want one label only the surest.
 
     Where no slot is that sure: every slot that is surer than all its rivals. Rivals want the same
-    token, or would draw the same one with a probability above clash. labels: tokens that may
-    stand once in an answer, a range; None: no token is such."""
+    token, or would draw the same one with a probability above clash. labels: the range of tokens
+    that may stand only once, or None to let sure slots collide."""
     tau: float
     clash: float
     labels: range | None = None

@@ -18,8 +18,8 @@ answer invalid. With L2 as the target, and L4 and L7 shown:
 3. Exclusions in OPD (--opd_exclude). The teacher reads from the left, and gives a slot labels that
 the student has committed further right:
 
-    the student's state       [MASK] L4 [MASK] L2
-    the teacher for slot 0    L4 .6  L1 .4
+    the student's state       L7 [MASK] L4 [MASK]
+    the teacher for slot 1    L4 .6  L1 .4
     the target                L4 0   L1 1
 """
 import torch
@@ -27,11 +27,12 @@ import torch.nn.functional as F
 
 from data import PAD, answer_labels
 from diffusion import take_blocks
+from model import NO_TOKEN
 
 
 # --- Misplaced labels ---------------------------------------------------------------------------
 
-MOVED = 0.62  # of full lists whose labels are given a reach, so many really change (8 to 10 labels)
+MOVED = 0.62  # share of jittered lists whose order really changes (measured, 8 to 10 labels)
 
 
 def misplaced(response, share, rng):
@@ -46,7 +47,7 @@ def misplaced(response, share, rng):
     def rand(*size):
         return torch.rand(*size, generator=rng).to(response.device)
 
-    # How far labels go, one draw an answer: about a place, now and then anywhere.
+    # Jitter: how far labels go, one draw an answer. About a place, now and then anywhere.
     reach = 10 * rand(N, 1) ** 3 * (rand(N, 1) < share / MOVED)
     wanted = slot + reach * torch.randn(N, R, generator=rng).to(response.device)
     label = answer_labels(response)
@@ -55,19 +56,19 @@ def misplaced(response, share, rng):
     return torch.where(label, wanted, slot).argsort(dim=1, stable=True)
 
 
-def extend(shown_slot, more):
-    """Appends slots that show their own token: (N, R) -> (N, R + more)."""
-    R = shown_slot.shape[1]
-    rest = torch.arange(R, R + more, device=shown_slot.device).expand(len(shown_slot), -1)
-    return torch.cat((shown_slot, rest), dim=1)
+def extend(shown_from, length):
+    """Appends positions that show their own token: (N, R) -> (N, length)."""
+    rest = torch.arange(shown_from.shape[1], length, device=shown_from.device)
+    rest = rest.expand(len(shown_from), -1)
+    return torch.cat((shown_from, rest), dim=1)
 
 
-def best_left(shown_slot):
+def best_left(shown_from):
     """AR's targets: the first slot whose token is not shown further left, (N, R) -> (N, R).
 
-    What is not shown to the left of a slot is shown from there on, and the best of it has the
-    smallest slot number: a minimum over the rest of the row."""
-    return shown_slot.flip(1).cummin(1).values.flip(1)
+    The smallest number from here to the right: [2 0 1 3] -> [0 0 1 3]. What is not shown to the
+    left of a place is shown from there on, and the best of it has the smallest number."""
+    return shown_from.flip(1).cummin(1).values.flip(1)
 
 
 def still_open(block, masked, R):
@@ -80,21 +81,23 @@ def still_open(block, masked, R):
     return after.scatter(2, start + torch.arange(B, device=dev), masked)
 
 
-def what_is_left(shown_slot, block, masked):
+def what_is_left(shown_from, block, masked):
     """CFT's targets: what the masked slots of segments must become. In words of one segment:
 
-        taken = shown_slot[before the block] + [shown_slot[j] of the block if not masked[j]]
-        rest  = sorted(every slot that is not taken)
+        taken = shown_from[before the block] + [shown_from[j] of the block if not masked[j]]
+        rest  = sorted(every position that is not taken)
         k-th masked slot -> rest[k];    slot 0 -> the best that is not before the block
 
-    shown_slot (N, R), block (N, M), masked (N, M, B) -> slots of the response (N, M, B)."""
-    R = shown_slot.shape[1]
+    For the block [2 0 1 3] with slots 1 and 3 masked: taken 2 1, rest 0 3; slot 1 -> 0, 3 -> 3.
+    shown_from (N, R), block (N, M), masked (N, M, B) -> positions of the response (N, M, B);
+    slots that are not masked get anything, and weigh 0."""
+    R = shown_from.shape[1]
     open_ = still_open(block, masked, R)                          # (N, M, R)
-    rest = torch.where(open_, shown_slot[:, None], R).sort(-1).values  # R: taken, sorts last
+    rest = torch.where(open_, shown_from[:, None], R).sort(-1).values  # R: taken, sorts last
     k = (masked.cumsum(-1) - 1).clamp(min=0)                      # (N, M, B)
     left = rest.gather(2, k).clamp(max=R - 1)
     from_block_on = still_open(block, torch.ones_like(masked), R)
-    first = torch.where(from_block_on, shown_slot[:, None], R).amin(-1, keepdim=True)
+    first = torch.where(from_block_on, shown_from[:, None], R).amin(-1, keepdim=True)
     return torch.cat((first, left[..., 1:]), dim=-1)
 
 
@@ -145,4 +148,4 @@ def exclude_shown(target, decoded, block, open_, scored):
     shown = tokens_shown(decoded.clean, ranking, block, open_, target.shape[1])  # (N, M, V)
     asks = open_ & take_blocks(ranking, block, open_.shape[-1])   # (N, M, B)
     shown = (shown[:, :, None] & asks[..., None])[scored]         # (n, V)
-    return target.masked_fill(shown, -1e4)
+    return target.masked_fill(shown, NO_TOKEN)

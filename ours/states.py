@@ -2,7 +2,7 @@
 
     uniform noise           L4 [MASK] L7 L2                    the paper: one a block, weight 1 / t
     a first step            [MASK] [MASK] [MASK] [MASK]        --cft_first_step: decoding starts so
-    a complementary pair    L4 [MASK] L7 L2  and  [MASK] L1 [MASK] [MASK]        --cft_pairs
+    a complementary pair    L4 [MASK] L7 L2  and  L4 L1 [MASK] [MASK]    --cft_pairs
     more of the answer      the answer's blocks again          --cft_answer_states, --opd_...
 
 The answer is the hard part of a response, and a small part of its blocks.
@@ -16,6 +16,7 @@ def answer_blocks(response, block_size, times):
     """The blocks with the answers of responses (N, R), named `times` times each: (N, E)."""
     first = ((response == ANSWER).int().argmax(1) + 1) // block_size   # (N,)
     last = ((response != PAD).sum(1) - 1) // block_size
+    # A row with fewer blocks names its last one again: share_weight makes up for it.
     span = torch.arange(int((last - first).max()) + 1, device=response.device)
     return torch.minimum(first[:, None] + span, last[:, None]).repeat(1, times)
 
@@ -37,8 +38,9 @@ def first_steps(masked, weight, share, rng):
 def complementary_pairs(block, masked, weight):
     """Follows every state by one that masks what it shows (Fast-dLLM v2, arXiv 2509.26328).
 
-    Each token is then masked exactly once a pair, so none needs 1 / t. Slot 0, whose weight is
-    that of the state, counts in the first of the pair. (N, M, ...) -> (N, 2 M, ...)."""
+    Each token is then masked exactly once a pair, so none needs 1 / t: all weigh what slot 0
+    does, the weight of the state. Slot 0 itself counts in the first of the pair only.
+    (N, M, ...) -> (N, 2 M, ...)."""
     slot0 = torch.arange(masked.shape[-1], device=masked.device) == 0
     other = ~masked & ~slot0
     masks = torch.stack((masked, other), dim=2)                   # (N, M, 2, B)
@@ -49,7 +51,7 @@ def complementary_pairs(block, masked, weight):
 
 def state_weights(block, scored, real):
     """Weights of the slots of states: (N, M, 1). A state with two open slots weighs as much as
-    one with ten, since collisions happen there; states of one block share its weight.
+    one with ten: collisions happen late, where few are open. States of a block share its weight.
 
     block (N, M); scored, real (N, M, B): the slots that count, and the block's tokens."""
     n_scored = scored.sum(-1, keepdim=True).clamp(min=1)

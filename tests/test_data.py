@@ -7,8 +7,8 @@ import pytest
 
 import toy.world
 from config import Config
-from data import (ANSWER, EOS, LABEL, MASK, PAD, PROFILE, Split, faithfulness, list_lengths, pack,
-                  parse_answers, responses, tensors)
+from data import (ANSWER, EOS, LABEL, MASK, PAD, PROFILE, Split, draw_list_lengths, faithfulness,
+                  pack, parse_answers, responses, tensors)
 from toy.world import (TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_examples, toy_oracle,
                        toy_split, toy_users, toy_words, toy_world)
 
@@ -371,7 +371,7 @@ def test_tensors_are_the_rows_asked_for_without_columns_of_padding():
 
 def test_list_lengths_vary_for_the_given_share_over_the_whole_range():
     def lengths(share):
-        return list_lengths(4000, replace(CFG, vary_lists=share), np.random.default_rng(0))
+        return draw_list_lengths(4000, replace(CFG, vary_lists=share), np.random.default_rng(0))
 
     assert (lengths(0.0) == CFG.n_candidates).all()
     share = np.bincount(lengths(1.0), minlength=CFG.n_candidates + 1)[CFG.min_list:] / 4000

@@ -215,10 +215,10 @@ def test_misplaced_labels_stay_in_the_answer_and_what_should_follow_is_the_best_
                              [20, 21, 22, EOS, PAD, PAD, PAD, PAD, PAD, PAD]]).repeat(200, 1)
     own = torch.arange(10).expand(600, -1)
     assert torch.equal(misplaced(response, 0.0, gen()), own)
-    shown_slot = misplaced(response, 0.6, gen())
-    assert torch.equal(shown_slot.sort(1).values, own)
-    shown = response.gather(1, shown_slot)
-    target = response.gather(1, best_left(shown_slot))
+    shown_from = misplaced(response, 0.6, gen())
+    assert torch.equal(shown_from.sort(1).values, own)
+    shown = response.gather(1, shown_from)
+    target = response.gather(1, best_left(shown_from))
     label = in_answer(response) & (response > EOS)
     assert torch.equal(shown[~label], response[~label])
     assert 0.2 < (shown != response)[label].float().mean() < 0.6
@@ -232,9 +232,9 @@ def test_misplaced_labels_stay_in_the_answer_and_what_should_follow_is_the_best_
 
 def share_moved(response, share):
     """The share of answers in which a label moves."""
-    shown_slot = misplaced(response, share, gen(round(1000 * share)))
+    shown_from = misplaced(response, share, gen(round(1000 * share)))
     own = torch.arange(response.shape[1])
-    return (shown_slot != own).any(1).double().mean().item()
+    return (shown_from != own).any(1).double().mean().item()
 
 
 @pytest.mark.parametrize("K", [8, 9, 10])
@@ -256,8 +256,8 @@ def test_the_share_of_misplaced_answers_is_so_on_the_toys_own_lists():
 
 def test_labels_move_by_a_place_or_two_mostly_and_now_and_then_anywhere():
     row = [ANSWER, *range(LABEL, LABEL + 10), EOS]
-    shown_slot = misplaced(torch.tensor([row]).repeat(5000, 1), 0.6, gen())
-    far = (shown_slot - torch.arange(12)).abs()
+    shown_from = misplaced(torch.tensor([row]).repeat(5000, 1), 0.6, gen())
+    far = (shown_from - torch.arange(12)).abs()
     far = far[far > 0].double()
     assert 0.5 < (far <= 2).double().mean() < 0.95 and far.max() == 9
     assert (far == 1).sum() > (far == 2).sum() > (far == 3).sum()
@@ -283,14 +283,14 @@ def test_the_share_of_misplaced_labels_grows_from_none_while_the_teacher_learns(
 def test_masked_slots_must_become_what_their_segment_does_not_show(B):
     torch.manual_seed(0)
     N, R, M = 4, 12, 6
-    shown_slot = torch.stack([torch.randperm(R) for _ in range(N)])
+    shown_from = torch.stack([torch.randperm(R) for _ in range(N)])
     block, masked = torch.randint(R // B, (N, M)), torch.rand(N, M, B) < 0.5
-    left = what_is_left(shown_slot, block, masked)
+    left = what_is_left(shown_from, block, masked)
     for n, m in itertools.product(range(N), range(M)):
         begin = int(block[n, m]) * B
-        shown = shown_slot[n, :begin].tolist()
+        shown = shown_from[n, :begin].tolist()
         assert left[n, m, 0] == min(set(range(R)) - set(shown))
-        shown += [int(shown_slot[n, begin + j]) for j in range(B) if not masked[n, m, j]]
+        shown += [int(shown_from[n, begin + j]) for j in range(B) if not masked[n, m, j]]
         rest = sorted(set(range(R)) - set(shown))
         want = dict(zip([j for j in range(B) if masked[n, m, j]], rest))
         assert all(left[n, m, j] == want[j] for j in want if j)
@@ -449,21 +449,21 @@ def plain_states(cfg, masked, weight):
     return [(masked, once), (other, [float(m) for m in other])]
 
 
-def state_nats(cfg, model, prompt, filled, shown_slot, ranking, b, masked):
+def state_nats(cfg, model, prompt, filled, shown_from, ranking, b, masked):
     """Nats of the slots of one state of one row: [float]. filled: its tokens, a list; ranking:
     the slots of its labels."""
     B, slots = len(masked), set(range(len(filled)))
-    shown = [filled[slot] for slot in shown_slot]
+    shown = [filled[slot] for slot in shown_from]
     state = [MASK if m else shown[b * B + j] for j, m in enumerate(masked)]
     hidden = block_hidden(model, prompt, torch.tensor(shown), torch.tensor(state), b)
     logp = F.log_softmax(model.logits(hidden), -1)
     seen = [*range(b * B), *(b * B + j for j in range(B) if not masked[j])]
-    rest = sorted(slots - {shown_slot[i] for i in seen})
+    rest = sorted(slots - {shown_from[i] for i in seen})
     taken = sorted({shown[i] for i in seen if i in ranking})
     out = []
     for j in range(B):
         if j == 0:  # predicted from the clean text
-            target = min(slots - set(shown_slot[:b * B]))
+            target = min(slots - set(shown_from[:b * B]))
         elif masked[j]:
             target = rest[sum(masked[:j])]
         else:
@@ -478,7 +478,7 @@ def state_nats(cfg, model, prompt, filled, shown_slot, ranking, b, masked):
 def plain_cft_loss(cfg, model, prompt, response, rng):
     """cft_loss, with the same draws."""
     B, total, norm = cfg.block_size, 0.0, 0.0
-    shown_slot = misplaced(response, cfg.cft_misplace, rng)
+    shown_from = misplaced(response, cfg.cft_misplace, rng)
     wide = F.pad(response, (0, -response.shape[1] % B))
     extra = answer_blocks(response, B, cfg.cft_answer_states)
     block = torch.cat((every_block(wide, B), extra), dim=1)
@@ -487,7 +487,7 @@ def plain_cft_loss(cfg, model, prompt, response, rng):
         real = prompt[n][prompt[n] != PAD]
         filled, weights = whole_blocks(row[row != PAD].tolist(), B, cfg.answer_weight)
         norm += sum(weights)
-        order = shown_slot[n].tolist()[:len(filled)]
+        order = shown_from[n].tolist()[:len(filled)]
         order += range(len(order), len(filled))
         ranking = set(answer_labels(response)[n].nonzero()[:, 0].tolist())
         for m, b in enumerate(block[n].tolist()):
@@ -544,16 +544,16 @@ def test_the_penalty_is_on_labels_that_a_state_shows_already(pairs):
 def test_at_block_size_one_misplaced_labels_are_seen_and_asked_as_in_the_ar_loss(share):
     model, (prompt, response) = tiny_gpt(), texts()
     cfg = replace(CFG, block_size=1, **{**OFF, "cft_misplace": share})
-    shown_slot = misplaced(response, share, gen())
-    own = torch.arange(response.shape[1]).expand_as(shown_slot)
-    assert torch.equal(shown_slot, own) == (share == 0)
-    there, nats = ar_loss(cfg, model, prompt, response, shown_slot)
+    shown_from = misplaced(response, share, gen())
+    own = torch.arange(response.shape[1]).expand_as(shown_from)
+    assert torch.equal(shown_from, own) == (share == 0)
+    there, nats = ar_loss(cfg, model, prompt, response, shown_from)
     close(cft_loss(cfg, model, prompt, response, gen()), there, atol=1e-6)
     # And that is the loss of the first label that is not shown further left.
-    shown = response.gather(1, shown_slot)
+    shown = response.gather(1, shown_from)
     logp = F.log_softmax(model.logits(causal_hidden(model, prompt, shown)), -1)
     for n, i in (response != PAD).nonzero().tolist():
-        left = sorted(set(range(response.shape[1])) - set(shown_slot[n, :i].tolist()))
+        left = sorted(set(range(response.shape[1])) - set(shown_from[n, :i].tolist()))
         close(nats[n, i], -logp[n, i, response[n, left[0]]])
 
 
@@ -625,7 +625,7 @@ def test_without_ours_cft_is_the_block_diffusion_loss_of_the_paper(B, kind):
 def test_without_ours_the_teachers_loss_is_the_cross_entropy_of_the_text():
     model, (prompt, response) = tiny_gpt(), texts()
     cfg = paper(4)
-    shown_slot = misplaced(response, cfg.ar_misplace, gen())
+    shown_from = misplaced(response, cfg.ar_misplace, gen())
     total = norm = 0.0
     for n, row in enumerate(response):
         real, text = prompt[n][prompt[n] != PAD], row[row != PAD]
@@ -635,7 +635,7 @@ def test_without_ours_the_teachers_loss_is_the_cross_entropy_of_the_text():
             hidden = block_hidden(model, real, text, text[i:i + 1], i)
             total -= weights[i] * F.log_softmax(model.logits(hidden), -1)[0, token]
         norm += sum(weights)
-    close(ar_loss(cfg, model, prompt, response, shown_slot)[0], total / norm, atol=1e-6)
+    close(ar_loss(cfg, model, prompt, response, shown_from)[0], total / norm, atol=1e-6)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ hold the target. So the best ranking, given the prompt, has a closed form: the *
 import numpy as np
 
 from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, World,
-                  list_lengths)
+                  draw_list_lengths)
 
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY = 3, 5, 6
 TOY_Q = 0.6        # q
@@ -113,7 +113,7 @@ def toy_split(n, number, cfg):
     for chunk in range(-(-n // TOY_DRAWN)):
         rng = np.random.default_rng([7, number, chunk])
         full = np.full(TOY_DRAWN, K)
-        length = list_lengths(TOY_DRAWN, cfg, rng) if number == 0 else full
+        length = draw_list_lengths(TOY_DRAWN, cfg, rng) if number == 0 else full
         parts.append(toy_users(length, K, deal, rng))
     users = [np.concatenate(field)[:n] for field in zip(*parts)]
     return toy_examples(*users, cfg.n_labels)
