@@ -149,7 +149,8 @@ def draw_noise(block, block_size, rng):
     n, B = N * M, block_size
     # Stratified: one t in every n-th part of (0, 1]. The same distribution, less variance.
     part = torch.randperm(n, generator=rng)
-    t = 1 - (part + torch.rand(n, generator=rng)) / n             # (n,) in (0, 1]: rand is < 1
+    t = 1 - (part + torch.rand(n, generator=rng)) / n             # (n,) rand is < 1, so t > 0 ...
+    t = t.clamp(min=1e-7)                                         # ... but for rounding
     masked = torch.rand(n, B, generator=rng) < t[:, None]         # (n, B)
     masked[:, 0] = False
     weight = masked / t[:, None]

@@ -221,8 +221,7 @@ def fast_replay_logp(model: FastGPT, prompt, decoded, block_size, temperature=0.
         part = decoded.take(rows)
         noised, _ = decode_states(part, b, s, B)
         hidden = predict_blocks(model, prompt[rows], part.clean, noised, b)
-        here = take_blocks(step[rows].flatten(1), b, B) == s[..., None]
-        here = here & used[rows, m:m + max_segments, None]        # committed at that step
+        here = take_blocks(step[rows].flatten(1), b, B) == s[..., None]  # committed at that step
         logits = model.logits(hidden[here]) / (temperature or 1.0)
         token = take_blocks(part.clean, b, B)[here]
         token_logp = F.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]

@@ -407,7 +407,7 @@ def test_an_opd_step_mixes_divergence_and_anchor_and_moves_the_student_only(monk
     teacher = tiny_gpt(0, len(world.words))
     before = [p.clone() for p in teacher.parameters()]
     monkeypatch.setattr(train_opd, "load_stage", lambda cfg, stage, world: (teacher, None))
-    monkeypatch.setattr(train_opd, "cft_loss", seven)
+    monkeypatch.setattr(train_cft, "cft_loss", seven)
     written = []
 
     def roll_out(cfg, model, prompt, max_len, tau, rng):
@@ -662,7 +662,7 @@ def test_the_gradient_of_the_second_epoch_is_the_numerical_one(B, kind):
 def with_rewards(monkeypatch, rewards):
     """Gives the rewards (groups) to whatever is sampled next."""
     flat = np.array(rewards).flatten()
-    monkeypatch.setattr(train_rl, "score", lambda cfg, world, rows, decoded: (flat, {}))
+    monkeypatch.setattr(train_rl, "score_answers", lambda cfg, world, rows, decoded: (flat, {}))
 
 
 def test_groups_with_equal_rewards_make_no_update_and_do_not_dilute_others(monkeypatch, world):
@@ -753,7 +753,7 @@ def test_an_rl_step_draws_its_anchor_anew_in_every_update(monkeypatch, world):
         batches.append(response)
         return seven(cfg, model, prompt, response, rng)
 
-    monkeypatch.setattr(train_rl, "cft_loss", loss)
+    monkeypatch.setattr(train_cft, "cft_loss", loss)
     start(monkeypatch, train_rl, world, run)
     with_rewards(monkeypatch, [[1.0, 0.0]])
     train_rl.main(replace(CFG, rl_group=2, rl_prompts=1, rl_epochs=2, rl_anchor=2.0))
