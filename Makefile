@@ -15,7 +15,7 @@ toy beauty: .venv/ready
 	$(RUN) train_rl.py --config $(CONFIG)
 	$(RUN) evaluate.py --config $(CONFIG)
 
-# UNTOUCHED: that the graders of exercises.md fail on the code as it is given
+# UNTOUCHED: that the graders of docs/exercises.md fail on the code as it is given
 test: .venv/ready
 	UNTOUCHED=1 $(RUN) -m pytest -q tests
 
