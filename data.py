@@ -11,9 +11,9 @@ candidates:
              L1 x3:1 y4:0 z4:0  L2 x4:0 y1:1 z2:0  L3 x3:1 y1:1 z4:0  L4 x2:3 y4:0 z3:3
     answer   <answer> L4 L1 L2 L3 [EOS]
 
-x3:1 says that the history has x3 once; 3 stands for three times or more. Every statement follows
-from the prompt, so a written trace can be checked by rule. The *target* is the label of the item
-that the user took next; *incoming* is the order of the list; *order* is the ranking to learn.
+x3:1: the history has x3 once; 3 stands for three times or more. Every statement follows from the
+prompt, so a rule can check a trace. *target*: the label of the item that the user took next;
+*incoming*: the list's order; *order*: the ranking to learn (here a match weighs less than a place).
 
 A list shorter than K leaves its last places empty (<none>), so that whatever a statement looks up
 in the prompt is always equally far away.

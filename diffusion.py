@@ -60,7 +60,7 @@ def block_mask(prompt_len, response_len, block_size, block):
     query = number[:, :, None]                                    # (N, T, 1)
     key = number[:, None]                                         # (N, 1, T)
     noised = segment[:, None] >= 0                                # (T, 1) the query is in a segment
-    clean = segment < 0                                           # (T,) the key is not
+    clean = segment < 0                                           # (T,) the key is in none
     # A block sees itself, in both directions.
     block_diagonal = (query == key) & (segment[:, None] == segment)
     # A noised block sees the finished blocks before it, clean.
@@ -75,7 +75,7 @@ def predict_blocks(model, prompt, clean, noised, block):
     """Hidden states that predict the tokens of every segment, in one forward.
 
     prompt (N, P) padded on the left; clean (N, R) the response, whole blocks; noised (N, M, B)
-    the segments, copies of the blocks block (N, M) -> (N, M, B, d)."""
+    the segments, of the blocks numbered block (N, M) -> (N, M, B, d)."""
     N, P = prompt.shape
     R = clean.shape[1]
     M, B = noised.shape[1:]
@@ -139,7 +139,7 @@ def fill_last_block(response, block_size):
 
 
 def draw_noise(block, block_size, rng):
-    """Masks for segments, copies of the blocks block (N, M): masked (N, M, B) bool, and the loss
+    """Masks for segments of the blocks numbered block (N, M): masked (N, M, B) bool, and the loss
     weight of each slot, (N, M, B).
 
     A slot is masked with probability t, one t ~ U(0, 1] a segment, and then weighs 1 / t, which
@@ -147,7 +147,7 @@ def draw_noise(block, block_size, rng):
     from the clean text: it is shown, and always weighs 1."""
     N, M = block.shape
     n, B = N * M, block_size
-    # Stratified: one t in every n-th part of (0, 1]. The same distribution, less variance.
+    # Stratified: one t in each of n equal parts of (0, 1]. The same distribution, less variance.
     part = torch.randperm(n, generator=rng)
     t = 1 - (part + torch.rand(n, generator=rng)) / n             # (n,) rand is < 1, so t > 0 ...
     t = t.clamp(min=1e-7)                                         # ... but for rounding

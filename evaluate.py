@@ -175,7 +175,7 @@ def main(cfg, options):
     results = []
     for row, order in known_orders(cfg, world).items():
         results.append(Result(row, None, None, True, score_order(world.test, order)))
-    results += results_beside(cfg, options, world)
+    results += results_beside(cfg, options, world)  # other runs (--beside)
     known = []
     for seed in finished_seeds(cfg, options.seeds):
         found = evaluate_seed(dataclasses.replace(cfg, seed=seed), options, world, known)

@@ -1,8 +1,8 @@
 """One GPT for both decoders: the autoregressive (AR) teacher and the block-diffusion student.
 
-What a token may see is an argument, the attention mask, so the same weights serve both. There is
-no time embedding: the number of [MASK] tokens says how far denoising has come. Rotary positions
-(RoFormer, arXiv 2104.09864), RMSNorm, tied embeddings, no biases.
+What a token may see is an argument, the attention mask, so the same weights serve both. No input
+says how noisy a block is: the number of [MASK] tokens does. Rotary positions (RoFormer, arXiv
+2104.09864), RMSNorm, tied embeddings, no biases.
 
 AR decoding predicts token i from the output at token i - 1, the *token shift*:
 
@@ -36,7 +36,7 @@ def attend(q, k, v, mask):
 def rotate(x, cos, sin):
     """Rotary positions (RoFormer, eq. 34): x (N, T, H, hd), cos and sin (N, T, 1, hd / 2).
 
-    Each plane (i, i + hd / 2) turns by the angle of the token's position."""
+    Each plane (i, i + hd / 2) turns by its position's angle: a dot product sees distances only."""
     a, b = x.chunk(2, dim=-1)
     turned_a = a * cos - b * sin
     turned_b = b * cos + a * sin

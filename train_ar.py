@@ -14,7 +14,6 @@ the reference).
 """
 from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
 
-import torch
 import torch.nn.functional as F
 
 from data import PAD, draw_batch, in_answer, tensors, token_weights
@@ -30,7 +29,7 @@ def ar_loss(cfg, model, prompt, response, shown_from):
 
         L = sum_i w_i (-log p(y_i | y_<i, prompt)) / sum_i w_i
 
-    prompt (N, P), response (N, R). shown_from (N, R) is ours: whose token each position shows.
+    prompt (N, P), response (N, R). shown_from (N, R), ours: place i shows token shown_from[i].
     Without misplaced labels it is 0, 1, 2, ..., and read = target = response."""
     weight = token_weights(response, cfg.answer_weight)           # (N, R)
     read = response.gather(1, shown_from)                         # ours; the paper: response

@@ -4,8 +4,8 @@
     python train_cft.py --config small    # Amazon Beauty, about 45 minutes; expect .9997 valid
 
 From the teacher's weights, the masked-diffusion loss on the paper's training text: reasoning
-traces and reference answers. Written at once, tokens are chosen independently, so the text must
-be a function of the prompt: where two labels are equally likely, both slots may take the same one,
+traces and reference answers. Tokens written at once are chosen independently, so the text must be
+a function of the prompt: where two labels are equally likely, two slots may take the same one,
 and the answer shows one label twice and another not at all.
 
 Logged: loss; now and then, of 64 validation users decoded as the settings say, valid (near 0 at
@@ -73,13 +73,13 @@ def cft_loss(cfg, model, prompt, response, rng):
 
     -log p(y) <= sum over blocks of -log p(first token | clean past)
                             + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
-    (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes with the token shift.) Without our
-    lines, and at answer_weight 1, it is an unbiased estimate of this bound:
+    (BD3-LM, arXiv 2503.09573, eq. 8; the token shift adds the first term. E_t is the mean AR loss
+    over random orders of the slots: a bound, by Jensen.) Without our lines, at answer_weight 1:
 
         block     every block once
         masked    draw_noise(block), with the weights w
         noised    [MASK] where masked, else the block
-        loss      sum of w * -log p(true token | noised, clean past) / number of tokens
+        loss      sum of w * -log p(true token | noised, clean past) / number of tokens (unbiased)
 
     At block size 1 it is the AR loss. prompt (N, P) padded on the left, response (N, R) on the
     right."""
@@ -98,7 +98,7 @@ def cft_loss(cfg, model, prompt, response, rng):
 
     # 3. Predict.
     left = what_is_left(shown_from, block, masked)                # ours: (N, M, B)
-    target = filled.gather(1, left.flatten(1)).view_as(noised)    # the paper: of filled, block
+    target = filled.gather(1, left.flatten(1)).view_as(noised)    # the paper: filled, in blocks
     slot_weight = noise_weight * take_blocks(token_weight, block, B)
     asked = slot_weight > 0                                       # the others need no logits
     with autocast(cfg, prompt.device):

@@ -47,8 +47,8 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     """
     log_t = F.log_softmax(teacher_logits, -1)
     if kind == "reverse":
-        # Infinite where T is 0. So tokens that the target excludes are taken out of S too, and
-        # the two are compared on the rest.
+        # Infinite where T is 0. So tokens that opd_exclude took out of T are taken out of S too,
+        # and the two are compared on the rest.
         student_logits = student_logits.masked_fill(teacher_logits <= NO_TOKEN, NO_TOKEN)
     log_s = F.log_softmax(student_logits, -1)
     if kind == "forward":

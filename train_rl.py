@@ -6,7 +6,7 @@
 
 The student samples a group of responses to each prompt; the reward says how far the true target
 rose. Log-probabilities are replayed in the very states in which tokens were committed, so that
-importance ratios are exact. The ratio takes as given which slots each step committed.
+ratios are exact, given the slots of each step (after an update the rule might choose others).
 
 The CFT loss stays in the mix as an anchor, where others have a KL to the reference model. The
 paper has none; without it fewer answers are valid here (docs/findings.md).
@@ -62,7 +62,7 @@ def policy_loss(logp, old_logp, advantage, is_token, eps_low, eps_high):
     """DAPO (arXiv 2503.14476, eq. 8): the clipped surrogate, a mean over all tokens.
 
         L = - 1/#tokens sum_{n,i} min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
-        r = exp(logp - old_logp)
+        r = exp(logp - old_logp); beyond the clip, on the side that A favours: no gradient
     logp, old_logp, is_token (N, R), advantage (N,) -> the loss, and the ratio r (N, R)."""
     ratio = torch.exp(logp - old_logp)
     A = advantage[:, None]

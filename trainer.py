@@ -22,7 +22,7 @@ from toy.world import toy_world
 
 WEIGHT_DECAY = 0.05  # of matrices
 BATCH = 256          # rows decoded together
-ROLL_OUT_CLASH = 0.1  # Apart's clash where tokens are drawn: those collide more often
+ROLL_OUT_CLASH = 0.1  # cfg.clash of roll-outs: tokens drawn, not the best, collide more often
 
 
 def load_world(cfg):
@@ -164,7 +164,7 @@ def decode(cfg, model, prompt, max_len, tau=None):
 def roll_out(cfg, model, prompt, max_len, tau, rng):
     """Responses (N, R) that a student draws at temperature 1, for OPD and RL -> Decoded.
 
-    Sure slots may take one label here, since Apart is given no labels: mistakes teach."""
+    Sure slots may take one label here, as no labels are given to Apart (ours): mistakes teach."""
     rule = Threshold(tau) if cfg.commit == "threshold" else Apart(tau, ROLL_OUT_CLASH)
 
     def decoder(prompt, rng):

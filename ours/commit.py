@@ -43,7 +43,7 @@ class Apart:
             sure &= ~(same & surer & both).any(-1)
         some = sure.any(1, keepdim=True)
         if not logp.is_cuda and some.all():
-            return sure  # what follows is a tenth of a step; on a GPU, looking costs more
+            return sure  # the rest is a tenth of a step; a GPU would wait for the answer
         p = logp.exp()
         collide = p @ p.transpose(1, 2) > self.clash              # sum over tokens of p_i p_j
         rivals = collide | same

@@ -92,8 +92,8 @@ def what_is_left(shown_from, block, masked):
     shown_from (N, R), block (N, M), masked (N, M, B) -> positions of the response (N, M, B);
     slots that are not masked get anything, and weigh 0."""
     R = shown_from.shape[1]
-    open_ = still_open(block, masked, R)                          # (N, M, R)
-    rest = torch.where(open_, shown_from[:, None], R).sort(-1).values  # R: taken, sorts last
+    open_ = still_open(block, masked, R)  # (N, M, R). A permutation: not shown = shown in the open
+    rest = torch.where(open_, shown_from[:, None], R).sort(-1).values  # R: taken
     k = (masked.cumsum(-1) - 1).clamp(min=0)                      # (N, M, B)
     left = rest.gather(2, k).clamp(max=R - 1)
     from_block_on = still_open(block, torch.ones_like(masked), R)

@@ -38,8 +38,8 @@ def first_steps(masked, weight, share, rng):
 def complementary_pairs(block, masked, weight):
     """Follows every state by one that masks what it shows (Fast-dLLM v2, arXiv 2509.26328).
 
-    Each token is then masked exactly once a pair, so none needs 1 / t: all weigh what slot 0
-    does, the weight of the state. Slot 0 itself counts in the first of the pair only.
+    Each token is then masked exactly once a pair, so none needs 1 / t: all get the weight of the
+    state, which is slot 0's. Slot 0 itself counts in the first of the pair only.
     (N, M, ...) -> (N, 2 M, ...)."""
     slot0 = torch.arange(masked.shape[-1], device=masked.device) == 0
     other = ~masked & ~slot0

@@ -3,7 +3,6 @@
 What does not apply to a row is None. A *difference* is [low, mean, high]; low and high are None
 where too few users differ for an interval, and differ_from_... says how many do.
 """
-import dataclasses
 import json
 import math
 from dataclasses import dataclass, field

@@ -13,6 +13,7 @@ import torch
 import ablations
 import analyse
 import opd_variants
+import scripts
 import train_ar
 import train_cft
 import train_opd
@@ -29,9 +30,6 @@ from test_exercises import alone, bound_by_orders
 from toy.world import toy_world
 from trainer import roll_out
 
-TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 "
-        "--cft_prompts 16 --opd_prompts 16 --cft_gold false --ar_steps 6 --cft_steps 6 "
-        "--opd_steps 4 --every 3 --threads 1 --tau 0.9").split()
 CFG = Config(n_train=60, n_val=10, n_test=10, bfloat16=False)
 
 
@@ -40,19 +38,12 @@ def gen(seed=0):
 
 
 def run(module, monkeypatch, run_dir, *options):
-    argv = [module.__file__, *TINY, "--run_dir", str(run_dir), *options]
-    monkeypatch.setattr("sys.argv", argv)
-    script.script(module.main, module.__doc__, also=getattr(module, "Options", None))
+    few = ("--opd_prompts", "16", "--every", "3")
+    scripts.run(module, monkeypatch, run_dir, *few, *options)
 
 
-def refused(module, monkeypatch, capsys, run_dir, *options):
-    """Runs a script that must refuse: one line on stderr, exit code 2. Returns the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(module, monkeypatch, run_dir, *options)
-    message = capsys.readouterr().err.split("\r")[-1]  # after what is left of a bar
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
+def refused(*args):
+    return scripts.refused(*args, run=run)
 
 
 def weights(run_dir, stage):

@@ -13,7 +13,8 @@ import train_ar
 import train_cft
 from conftest import ROOT
 from plumbing import processes
-from test_runs import TINY, checkpoint, log_of, run
+from scripts import TINY, checkpoint, run
+from test_runs import log_of
 
 ODD = ["--bfloat16", "false", "--ar_steps", "12", "--cft_steps", "12", "--batch_size", "5",
        "--n_test", "20", "--rl_prompts", "3"]  # rows that two processes cannot share evenly

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import evaluate
+import scripts
 import gif
 import train_ar
 import train_cft
@@ -24,7 +25,6 @@ from data import ANSWER, LABEL, PAD, parse_answers
 from fast.gpt import FastGPT
 from make_beauty import make_beauty
 from model import GPT
-from plumbing.script import script
 from plumbing.settings import UserError
 from report import figures
 from report import show as shown_users
@@ -34,9 +34,6 @@ from report.options import finished_seeds
 from report.speed import in_turn, speed, speed_jobs
 from toy.world import toy_world
 
-TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 60 --batch_size 4 "
-        "--cft_prompts 16 --cft_gold false --ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 "
-        "--rl_prompts 2 --rl_group 3 --every 2 --threads 1 --tau 0.9").split()
 FEW = "--eval_taus 1.0,0.5,0.9,0.5 --eval_curve_users 8 --eval_speed_seconds 0.01".split()
 STAGES = {"ar": train_ar, "cft": train_cft, "opd": train_opd, "rl": train_rl}
 FIGURES = ("tradeoff.png", "throughput.png", "trace_lengths.png", "stages.png", "mask.png",
@@ -44,21 +41,13 @@ FIGURES = ("tradeoff.png", "throughput.png", "trace_lengths.png", "stages.png", 
 
 
 def run(module, monkeypatch, run_dir, *options):
-    """Runs a script of the project with TINY settings."""
+    """scripts.run with more test users and a curve of other taus."""
     own = FEW if module is evaluate else []
-    argv = [module.__file__, *TINY, *own, "--run_dir", str(run_dir), *options]
-    monkeypatch.setattr("sys.argv", argv)
-    script(module.main, module.__doc__, getattr(module, "Options", None))
+    scripts.run(module, monkeypatch, run_dir, "--n_test", "60", *own, *options)
 
 
-def refused(module, monkeypatch, capsys, run_dir, *options):
-    """Runs a script that must refuse: one line on stderr, exit code 2. Returns the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(module, monkeypatch, run_dir, *options)
-    message = capsys.readouterr().err.split("\r")[-1]  # after what is left of a bar
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
+def refused(*args):
+    return scripts.refused(*args, run=run)
 
 
 def read_report(folder, name="report.json"):

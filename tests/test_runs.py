@@ -22,36 +22,10 @@ from conftest import ROOT
 from make_beauty import make_beauty
 from plumbing import checkpoint as files
 from plumbing import processes
-from plumbing.script import script
 from plumbing.settings import UserError
+from scripts import TINY, checkpoint, refused, run
 
-TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 "
-        "--cft_prompts 16 --cft_gold false --ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 "
-        "--rl_prompts 2 --rl_group 3 --every 2 --threads 1 --tau 0.9").split()
-EVALUATION = "--eval_taus 0.5,1.0 --eval_curve_users 8 --eval_speed_seconds 0.01".split()
 STAGES = {"ar": train_ar, "cft": train_cft, "opd": train_opd, "rl": train_rl}
-
-
-def run(module, monkeypatch, run_dir, *options):
-    """Runs a script of the project with TINY settings, evaluate.py with few measurements too."""
-    few = EVALUATION if module.__name__ == "evaluate" else []
-    argv = [module.__file__, *TINY, *few, "--run_dir", str(run_dir), *options]
-    monkeypatch.setattr("sys.argv", argv)
-    script(module.main, module.__doc__, getattr(module, "Options", None))
-
-
-def refused(module, monkeypatch, capsys, run_dir, *options):
-    """Runs a script that must refuse: one line on stderr, exit code 2. Returns the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(module, monkeypatch, run_dir, *options)
-    message = capsys.readouterr().err.split("\r")[-1]  # after what is left of a bar
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
-
-
-def checkpoint(run_dir, stage, config="toy"):
-    return os.path.join(run_dir, config, "seed0", stage, "checkpoint.pt")
 
 
 def log_of(run_dir, stage, config="toy"):

@@ -12,7 +12,7 @@ import torture
 import train_ar
 import trainer
 from conftest import ROOT
-from test_runs import TINY, checkpoint, refused, run
+from scripts import TINY, checkpoint, refused, run
 
 
 def stopped(monkeypatch, capsys, run_dir):
