@@ -145,10 +145,13 @@ class FastGPT(GPT):
         return self.norm(x)
 
 
-def compile_layers(model):
-    """Compiles the training forwards of a FastGPT on a GPU; others stay as they are."""
-    if isinstance(model, FastGPT) and model.embed.weight.is_cuda:
+def compile_layers(model, least=512):
+    """The model, its training forwards compiled, if it is a FastGPT on a GPU with d_model of at
+    least `least`: a small one does not win back the minute that compiling takes."""
+    weight = model.embed.weight
+    if isinstance(model, FastGPT) and weight.is_cuda and weight.shape[1] >= least:
         model.run_layer = torch.compile(model.run_layer)
+    return model
 
 
 # --- Twins ------------------------------------------------------------------------------------

@@ -36,9 +36,10 @@ MOVED = 0.62  # share of jittered lists whose order really changes (measured, 8 
 
 
 def misplaced(response, share, rng):
-    """Which slot's token each slot of responses (N, R) shows: (N, R), a permutation of slots.
+    """Positions shown_from (N, R): position i of a response (N, R) shows token shown_from[i].
 
-    In a share of the rows, at most MOVED, a label has moved, mostly by a place or two."""
+    A permutation. In a share of the rows, at most MOVED, a label has moved, mostly by a place or
+    two; elsewhere it is 0, 1, 2, ..."""
     slot = torch.arange(response.shape[1], device=response.device).expand(len(response), -1)
     if not share:
         return slot
