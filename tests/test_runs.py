@@ -314,20 +314,27 @@ def test_windows_is_answered_in_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("name", [*(f"train_{stage}.py" for stage in STAGES),
                                   "evaluate.py", "beauty/rerank.py"])
-def test_waiting_threads_are_told_to_sleep_before_torch_is_loaded(name):
+def test_threads_are_told_to_sleep_where_others_are_busy_before_torch_is_loaded(name):
     code = """
-import os, runpy, sys
+import builtins, io, os, runpy, sys
 class Watch:
     def find_spec(self, name, *_):
         if name == "torch":
             print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
             os._exit(0)
+real, stats = open, ["cpu 9 0 0 100 0 0 0 0", sys.argv[2]]
+def fake(path, *args, **kwargs):
+    return io.StringIO(stats.pop(0)) if path == "/proc/stat" else real(path, *args, **kwargs)
+builtins.open = fake
 sys.meta_path.insert(0, Watch())
 sys.path.insert(0, "")
 runpy.run_path(sys.argv[1])
 """
     unset = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for policy, expected in (({}, "PASSIVE\n"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE\n")):
-        done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, text=True,
+    idle, busy = "cpu 9 0 0 140 0 0 0 0", "cpu 29 0 0 120 0 0 0 0"
+    for policy, stat, expected in (({}, idle, "None\n"), ({}, busy, "PASSIVE\n"),
+                                   ({}, "no figures", "None\n"),
+                                   ({"OMP_WAIT_POLICY": "ACTIVE"}, busy, "ACTIVE\n")):
+        done = subprocess.run([sys.executable, "-c", code, name, stat], cwd=ROOT, text=True,
                               capture_output=True, env={**unset, **policy})
         assert done.stdout == expected, done.stderr
