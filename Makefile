@@ -3,7 +3,7 @@ RUN = .venv/bin/python
 
 .PHONY: toy beauty test torture clean
 
-# the whole recipe: `make` on the toy world, 9 to 15 minutes on 2 CPU cores; `make beauty` on Amazon Beauty (data/beauty, see
+# the whole recipe: `make` on the toy world, 10 to 20 minutes on 2 CPU cores; `make beauty` on Amazon Beauty (data/beauty, see
 # README), a good hour
 .DEFAULT_GOAL := toy
 toy: CONFIG = toy

@@ -19,7 +19,9 @@ from plumbing.settings import Kind, Number, Numbers, OneOf, Real, Switch, Text, 
 def all_settings():
     """[(dataclass, field)] of Config and of the options of every script that has its own."""
     classes = [Config]
-    for path in sorted(Path(ROOT).rglob("*.py")):
+    # The project's own files: at the top and one folder below, not those of an environment.
+    ours = [*Path(ROOT).glob("*.py"), *Path(ROOT).glob("[a-z]*/*.py")]
+    for path in sorted(ours):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if path.parent.name != "tests" and "\nclass Options" in path.read_text():
             module = importlib.import_module(name)
