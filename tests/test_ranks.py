@@ -1,4 +1,5 @@
 """Two processes under torchrun (gloo, CPU) do what one does."""
+import json
 import os
 import signal
 import subprocess
@@ -8,12 +9,13 @@ import time
 import pytest
 import torch
 
+import evaluate
 import gradients
 import train_ar
 import train_cft
 from conftest import ROOT
 from plumbing import processes
-from scripts import TINY, checkpoint, run
+from scripts import EVALUATION, TINY, checkpoint, run
 from test_runs import log_of
 
 ODD = ["--bfloat16", "false", "--ar_steps", "12", "--cft_steps", "12", "--batch_size", "5",
@@ -32,7 +34,18 @@ def in_two(script, run_dir, *options):
     return done.stdout
 
 
-def test_two_processes_train_like_one(monkeypatch, tmp_path):
+def figures_of(run_dir):
+    """The rows of a report, which is then deleted, without what a clock says."""
+    path = os.path.join(run_dir, "toy", "report.json")
+    with open(path) as file:
+        rows = json.load(file)["rows"]
+    os.remove(path)
+    timing = ("tokens_per_s", "speedup", "latency")
+    return [{key: value for key, value in row.items() if not key.startswith(timing)}
+            for row in rows]
+
+
+def test_two_processes_train_and_evaluate_like_one(monkeypatch, tmp_path):
     for stage, module in (("ar", train_ar), ("cft", train_cft)):
         run(module, monkeypatch, tmp_path / "one", *ODD)
         in_two(f"train_{stage}.py", tmp_path / "two")
@@ -45,6 +58,10 @@ def test_two_processes_train_like_one(monkeypatch, tmp_path):
     for stage in ("opd", "rl"):  # here each process draws its own part of the roll-outs
         in_two(f"train_{stage}.py", tmp_path / "two")
         assert [line["step"] for line in log_of(tmp_path / "two", stage)] == list(range(4))
+    run(evaluate, monkeypatch, tmp_path / "two", *ODD)
+    alone = figures_of(tmp_path / "two")
+    in_two("evaluate.py", tmp_path / "two", *EVALUATION)
+    assert figures_of(tmp_path / "two") == alone and len(alone) > 20
 
 
 def test_a_step_has_one_gradient_however_many_share_its_rows(tmp_path):
