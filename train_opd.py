@@ -118,7 +118,7 @@ def main(cfg):
     teacher, _ = load_stage(cfg, "ar", world)
     student = start_from(cfg, world, "cft")
     run = Run(cfg, "opd", student, world)
-    responses = training_responses(cfg, world)
+    responses = training_responses(cfg, world) if cfg.opd_anchor else None  # the anchor's text
     for step in run.steps():
         rng = rng_for(cfg, "opd", step)
 

@@ -128,7 +128,7 @@ def main(cfg):
     world = load_world(cfg)
     model = start_from(cfg, world, "opd")
     run = Run(cfg, "rl", model, world)
-    responses = training_responses(cfg, world)
+    responses = training_responses(cfg, world) if cfg.rl_anchor else None  # the anchor's text
     with_target = np.flatnonzero(world.train.target >= 0)
     if not len(with_target):
         raise UserError("no training list holds its target, so there is nothing to reward: use a "

@@ -33,7 +33,7 @@ from plumbing.teacher import teacher_responses  # noqa: E402
 from sampler import NEVER, Decoded, Threshold, block_decode  # noqa: E402
 from trainer import (ROLL_OUT_CLASH, Run, autocast, load_world, rng_for,  # noqa: E402
                      valid_rate)
-from train_cft import cft_batch, cft_loss, training_responses, validate  # noqa: E402
+from train_cft import anchor_loss, training_responses, validate  # noqa: E402
 from train_opd import divergence, draw_steps  # noqa: E402
 
 
@@ -140,7 +140,7 @@ def main(cfg, options):
     teacher, _ = load_stage(cfg, "ar", world)
     student = start_from(cfg, world, "cft")
     run = Run(cfg, "opd", student, world)
-    responses = training_responses(cfg, world)
+    responses = training_responses(cfg, world) if cfg.opd_anchor else None
     n_prompts = min(cfg.opd_prompts, len(world.train))
     if options.source == "teacher":
         own = teacher_responses(cfg, world, n_prompts)            # whatever cft_gold says
@@ -155,8 +155,8 @@ def main(cfg, options):
 
         loss = distance = variant_loss(cfg, options, student, teacher, prompt, decoded, rng)
         if cfg.opd_anchor:
-            batch = cft_batch(cfg, world, responses, rng)
-            loss = distance + cfg.opd_anchor * cft_loss(cfg, student, *batch, rng)
+            anchor = anchor_loss(cfg, world, student, responses, rng)
+            loss = distance + cfg.opd_anchor * anchor
         log = run.update(loss)
 
         log |= {"divergence": distance.item(),

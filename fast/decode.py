@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from data import EOS, MASK, PAD
 from fast.gpt import FastGPT, SlotCache
 from fast.graphs import recorded
-from model import GREEDY, Sampling, ar_decode, pad_left, sample
+from model import GREEDY, Sampling, ar_decode, causal_mask, pad_left, sample
 from sampler import NEVER, Decoded, block_decode, unfinished
 
 
@@ -66,13 +66,10 @@ class ARState:
 
     def read(self):
         """The forward over the prompts -> hidden (N, d) that predict the first token."""
-        slot = self.slot[:self.P]
-        mask = (slot <= slot[:, None]) & (slot >= self.pad[..., None])  # (N, P, P): causal
-        mask |= torch.eye(self.P, dtype=torch.bool, device=mask.device)
-        positions = (slot - self.pad).clamp(min=0)
+        mask = causal_mask(self.pad, 0, self.P)
+        positions = (self.slot[:self.P] - self.pad).clamp(min=0)
         slots = slice(0, self.P)
-        return self.model(self.prompt, positions, mask[:, None], self.cache, slots, self.P,
-                          last=1)[:, 0]
+        return self.model(self.prompt, positions, mask, self.cache, slots, self.P, last=1)[:, 0]
 
     def forward(self, slots, n_keys):
         """The forward over the last token -> hidden (N, d) that predict the next. slots: where it
