@@ -31,7 +31,6 @@ def in_two(script, run_dir, *options):
     command = torchrun(script, *TINY, "--run_dir", str(run_dir), *ODD, *options)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def figures_of(run_dir):
@@ -93,7 +92,7 @@ def test_two_processes_draw_different_roll_outs(tmp_path):
     code = f"""
 import sys
 sys.path[:0] = [{ROOT!r}]
-import dataclasses, torch
+import dataclasses, json, torch
 from plumbing import processes
 @dataclasses.dataclass
 class Out:
@@ -104,16 +103,17 @@ def decoder(prompt, rng):
 processes.start("cpu")
 out = processes.shared_decode(decoder, torch.ones(3, 2).long(), torch.Generator().manual_seed(0))
 squares = processes.shared_map(lambda x: x * x, range(5))
-print(processes.RANK, out.tokens[:, 0].tolist(), out.rank[:, 0].tolist(), squares)
+with open({str(tmp_path)!r} + f"/{{processes.RANK}}.json", "w") as file:  # what both print mixes
+    json.dump([out.tokens[:, 0].tolist(), out.rank[:, 0].tolist(), squares], file)
 processes.stop()
 """
     script = tmp_path / "draw.py"
     script.write_text(code)
     done = subprocess.run(torchrun(str(script)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, second = sorted(done.stdout.strip().split("\n"))
-    assert first[1:] == second[1:]  # both have the whole
-    tokens, ranks, squares = (eval(part + "]") for part in first[2:].split("]")[:3])
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second  # both have the whole
+    tokens, ranks, squares = first
     assert len(set(tokens)) == 3 and ranks == [0, 0, 1] and squares == [0, 1, 4, 9, 16]
 
 
