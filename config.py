@@ -5,21 +5,18 @@
 Settings marked "ours" belong to what the paper does not have (the folder ours/). At the values in
 brackets, which PAPER collects, they are off, and the paper's recipe is left.
 """
-import dataclasses
 import os
-import sys
 from dataclasses import dataclass
 
-import torch
-
-from plumbing.settings import OneOf, Real, Switch, Text, UserError, Whole, make, parse
+from plumbing.settings import OneOf, Real, Switch, Text, Whole
 
 MANY = 10 ** 9  # a bound that only keeps slips of the keyboard out
 
 
 @dataclass(frozen=True)
 class Config:
-    config: OneOf("toy", "small", "full") = "toy"  # preset: see PRESETS
+    config: OneOf("toy", "toy_few", "toy_paper", "small", "small_few", "small_paper",
+                  "full") = "toy"  # preset: see PRESETS
     seed: Whole(0, 2 ** 63 - 1) = 0  # every draw of a step depends on (seed, stage, step) alone
     teacher: Text() = ""         # checkpoint of an AR teacher, instead of this run's own
     init: Text() = ""            # checkpoint to start from, instead of the stage before
@@ -36,6 +33,8 @@ class Config:
     n_candidates: Whole(2, 63) = 8    # K, the length of all lists but some in training
     vary_lists: Real(0, 1) = 0.4      # share of training lists with a length from K / 2 to K
     trace: Switch() = True            # false: answers without reasoning, a baseline
+    wording: OneOf("fixed", "token", "statement", "trace") = "fixed"  # ours [fixed]: synonyms in
+    #   traces, drawn for each token, for each statement or for the whole trace
     n_train: Whole(1, 10 ** 7) = 40000  # training examples (on Beauty: at most)
     n_val: Whole(1, 10 ** 7) = 500      # validation users (on Beauty: at most)
     n_test: Whole(1, 10 ** 7) = 2000    # test users (on Beauty: at most)
@@ -53,9 +52,12 @@ class Config:
     answer_weight: Real(above=0) = 4.0  # loss weight of an answer token; a trace token has 1
     every: Whole(1, MANY) = 100       # save, and show the valid rate, after so many steps
 
+    answer_states: Whole(0, 64) = 2   # ours [0]: further states of the answer's blocks, in CFT and
+    #   OPD; in OPD all states of a block then weigh alike, however few slots are open
+
     # AR: the teacher
-    ar_steps: Whole(0, MANY) = 2500
-    ar_lr: Real(0, 1) = 2e-3
+    ar_steps: Whole(0, MANY) = 1000
+    ar_lr: Real(0, 1) = 4e-3
     ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: as cft_misplace; it grows from 0 to this
 
     # The sampler: how students decode, chosen on validation users
@@ -65,13 +67,11 @@ class Config:
     clash: Real(0, 1) = 0.4        # ours: unsure slots go together if P(same token) <= this
 
     # CFT: conversion fine-tuning
-    cft_steps: Whole(0, MANY) = 3400
-    cft_lr: Real(0, 1) = 1e-3
+    cft_steps: Whole(0, MANY) = 1200
+    cft_lr: Real(0, 1) = 2e-3
     cft_gold: Switch() = True      # train on the reference orders; false: on the teacher's own
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
-    cft_pairs: Switch() = True     # ours [false]: a second copy masks what the first one shows
     cft_first_step: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
-    cft_answer_states: Whole(0, 64) = 2  # ours [0]: further noised copies of the answer's blocks
     cft_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of full lists shown out of order
     cft_penalty: Real(0) = 0.0     # ours [0]: price on labels that the answer shows already
 
@@ -80,10 +80,9 @@ class Config:
     opd_lr: Real(0, 1) = 2e-4
     opd_divergence: OneOf("forward", "reverse", "jsd") = "jsd"  # KL(T||S), KL(S||T), or between
     opd_prompts: Whole(1, MANY) = 10 ** 6  # training prompts of the roll-outs, at most
+    opd_group: Whole(1, 10 ** 6) = 1  # roll-outs a prompt: one is greedy, several are drawn
     opd_tau: Real(above=0, high=1) = 0.7  # tau of the roll-outs
     opd_anchor: Real(0) = 1.0      # ours [0]: weight of the CFT loss in the mix
-    opd_answer_states: Whole(0, 64) = 4  # ours [0]: further states of the answer's blocks; all
-    #   states of a block then weigh alike, however few slots are open
     opd_exclude: Switch() = True   # ours [false]: labels that a state shows are no target
 
     # RL: GRPO with DAPO's corrections
@@ -97,7 +96,7 @@ class Config:
     rl_eps_high: Real(0) = 0.28    # ... and 1 + eps_high
     rl_alpha: Real(0) = 0.1        # format reward
     rl_conditional: Switch() = True  # format reward only if the target rose, or stayed first
-    rl_anchor: Real(0) = 1.0       # ours [0]: weight of the CFT loss in the mix
+    rl_anchor: Real(0) = 1.0       # ours [0]: weight of OPD's divergence on the roll-outs
 
     @property
     def n_labels(self):
@@ -116,25 +115,65 @@ BEAUTY = dict(
     n_val=2500,
     n_test=10 ** 6)
 
+SMALL = dict(
+    **BEAUTY,
+    d_model=128,
+    warmup=100,
+    answer_states=3,
+    tau=0.4,
+    clash=0.1,
+    ar_steps=4000,
+    cft_steps=2000,
+    cft_misplace=0.558,
+    cft_penalty=10.0,
+    rl_steps=200)
+# Few responses of the teacher to learn from: here OPD and RL are needed (docs/regimes.md).
+FEW = dict(
+    cft_gold=False,
+    cft_prompts=300,
+    cft_steps=200,  # more of them learn the responses by heart
+    cft_lr=1e-3,
+    cft_misplace=0.0,
+    cft_penalty=0.0,
+    opd_steps=400,
+    opd_lr=1e-3,
+    opd_divergence="forward",
+    opd_tau=0.5,
+    opd_anchor=0.0)
+# Without what is ours.
+PAPER = dict(
+    wording="fixed",
+    answer_states=0,
+    ar_misplace=0.0,
+    commit="threshold",
+    cft_first_step=0.0,
+    cft_misplace=0.0,
+    cft_penalty=0.0,
+    opd_anchor=0.0,
+    opd_exclude=False,
+    rl_anchor=0.0)
+# The paper's recipe as it is written, at our size. (Its teacher is SFT, then RL: make paper.)
+RECIPE = dict(
+    **PAPER,
+    block_size=32,
+    tau=0.9,
+    opd_divergence="forward",
+    opd_group=4,
+    opd_tau=0.9,
+    rl_eps_high=0.2,
+    rl_alpha=0.2)
+
 PRESETS = {
     # Synthetic users, 2 CPU cores: the values above.
     "toy": {},
+    "toy_few": FEW,
+    "toy_paper": RECIPE,
     # Amazon Beauty on a laptop.
-    "small": dict(
-        **BEAUTY,
-        d_model=128,
-        warmup=100,
-        tau=0.4,
-        clash=0.1,
-        ar_steps=12000,
-        cft_steps=5000,
-        cft_pairs=False,
-        cft_answer_states=3,
-        cft_misplace=0.558,
-        cft_penalty=10.0,
-        rl_steps=200),
-    # Amazon Beauty on a GPU. Not only larger: it trains on the teacher's own outputs, with pairs
-    # of masks instead of 1/t, no penalty, and fewer misplaced labels.
+    "small": SMALL,
+    "small_few": {**SMALL, **FEW, "opd_steps": 100, "rl_steps": 20},
+    "small_paper": {**SMALL, **RECIPE},
+    # Amazon Beauty on a GPU. Not only larger: it trains on the teacher's own outputs, with no
+    # penalty and fewer misplaced labels.
     "full": dict(
         **BEAUTY,
         n_layer=8,
@@ -156,56 +195,8 @@ PRESETS = {
         rl_lr=1e-4,
         rl_prompts=16),
 }
-PAPER = dict(
-    ar_misplace=0,
-    commit="threshold",
-    cft_pairs=False,
-    cft_first_step=0,
-    cft_answer_states=0,
-    cft_misplace=0,
-    cft_penalty=0,
-    opd_anchor=0,
-    opd_answer_states=0,
-    opd_exclude=False,
-    rl_anchor=0)
 
 STAGES = ("ar", "cft", "opd", "rl")  # each starts from the weights of the one before
-# Settings that change no weight. (teacher and init name files: what counts is what is in them.)
-RUNTIME = {"run_dir", "threads", "device", "fast", "data_dir", "every", "n_val", "n_test",
-           "tau", "commit", "clash", "teacher", "init"}
-
-
-def parse_args(doc, argv=None, also=None):
-    """The Config of a command line: `--config` picks a preset, other settings override it.
-
-    also: a dataclass of a script's own options, whose PRESETS, if it has any, hold the values
-    that differ by preset. Then returns (Config, also). Raises UserError for what cannot work."""
-    classes = [Config] + ([also] if also else [])
-    given = parse(doc, sys.argv[1:] if argv is None else argv, *classes)
-    preset = given.get("config", "toy")
-    values = {**PRESETS[preset], **getattr(also, "PRESETS", {}).get(preset, {}), **given}
-    cfg = check(make(Config, values))
-    return (cfg, make(also, values)) if also else cfg
-
-
-def check(cfg):
-    """Refuses settings that do not go together, before anything is written; returns cfg."""
-    if cfg.d_model % (2 * cfg.n_head):
-        raise UserError(f"--d_model must be a multiple of 2 x n_head = {2 * cfg.n_head} (rotary "
-                        f"positions turn pairs), not {cfg.d_model}")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda asks for a GPU, and torch sees none: use --device cpu")
-    return cfg
-
-
-def settings_of(cfg, stage):
-    """The settings that a stage's result depends on: the shared ones, and its own and those of
-    the stages before it. {name: value}"""
-    later = [name + "_" for name in STAGES[STAGES.index(stage) + 1:]]
-    if stage == "ar":
-        later.append("block_size")
-    return {name: value for name, value in dataclasses.asdict(cfg).items()
-            if name not in RUNTIME and not name.startswith(tuple(later))}
 
 
 def folder(cfg, *parts):

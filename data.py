@@ -70,11 +70,16 @@ class World:
     references: dict = dataclasses.field(default_factory=dict)  # name -> (N, K) other test orders
     nearest: dict = dataclasses.field(default_factory=dict)     # Beauty: how evidence is rounded
     checksum: str = ""  # of all that the splits were made of: a checkpoint belongs to one world
+    canonical: np.ndarray = None  # (V,) synonym -> its word (ours/wording.py); None: no synonyms
 
     @property
     def max_response(self):
         """Length of the longest response: trace, <answer>, K labels, [EOS]."""
         return self.train.trace.shape[1] + 1 + self.train.order.shape[1] + 1
+
+    def plain(self, tokens):
+        """Tokens, an array, with every synonym as its word: what is said, however it is worded."""
+        return tokens if self.canonical is None else self.canonical[tokens]
 
 
 # --- Tokens -----------------------------------------------------------------------------------

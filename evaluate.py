@@ -62,7 +62,8 @@ def score(world, split, tokens, forwards=None):
     for name in PARSED:
         out[name] = getattr(answers, name).astype(float)
     if split.trace.shape[1]:  # else nothing is claimed
-        out["faithful"] = faithfulness(tokens, split.trace, world.n_labels)
+        said, rule = world.plain(tokens), world.plain(split.trace)
+        out["faithful"] = faithfulness(said, rule, world.n_labels)
     if forwards is not None:
         out["forwards"] = forwards.astype(float)
         out["tokens"] = (tokens != PAD).sum(1).astype(float)

@@ -1,6 +1,6 @@
 """Stage 1, AR: the teacher, a GPT that writes a reasoning trace and then the ranking.
 
-    python train_ar.py --config toy      # 3 minutes on 2 CPU cores; expect match above .97
+    python train_ar.py --config toy      # 2 minutes on 2 CPU cores; expect match above .97
     python train_ar.py --config small    # Amazon Beauty, 20 minutes; expect match .98
 
 Next-token cross-entropy on the response. The few answer tokens weigh more than the many trace

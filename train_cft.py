@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from data import MASK, PAD, draw_batch, tensors, token_weights
 from diffusion import draw_noise, every_block, fill_last_block, predict_blocks, take_blocks
 from ours.labels import extend, misplaced, price_of_taken, what_is_left
-from ours.states import answer_blocks, complementary_pairs, first_steps, share_weight
+from ours.states import answer_blocks, first_steps, share_weight
 from plumbing.checkpoint import device_of, start_from
 from plumbing.teacher import teacher_responses
 from trainer import Run, autocast, decode, load_world, rng_for, valid_rate
@@ -58,13 +58,11 @@ def draw_states(cfg, response, filled, rng):
 
     response (N, R), filled (N, R') the same in whole blocks. The paper shows every block once."""
     block = every_block(filled, cfg.block_size)
-    extra = answer_blocks(response, cfg.block_size, cfg.cft_answer_states)  # ours
+    extra = answer_blocks(response, cfg.block_size, cfg.answer_states)  # ours
     block = torch.cat((block, extra), dim=1)                      # ours
     masked, weight = draw_noise(block, cfg.block_size, rng)
     masked, weight = first_steps(masked, weight, cfg.cft_first_step, rng)  # ours
     weight = share_weight(block, weight)                          # ours
-    if cfg.cft_pairs:                                             # ours
-        block, masked, weight = complementary_pairs(block, masked, weight)
     return block, masked, weight
 
 

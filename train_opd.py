@@ -1,20 +1,20 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects it.
 
-    python train_opd.py --config toy      # 50 seconds on 2 CPU cores
-    python train_opd.py --config small    # Amazon Beauty, 2 minutes on 1 CPU core
-                                          # expect valid and ranking as they were
+    python train_opd.py --config toy_few  # after CFT on 300 responses: 3 minutes on 2 CPU cores
+    python train_opd.py --config toy      # after CFT on all text it has little to do: 1 minute
 
 CFT shows states made by random masks over the training text. While it decodes, a student meets
 others, made by its own choices. So the student decodes, and in states that it met its
 distributions are pulled towards those of the teacher, which reads the same finished text from the
-left (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712).
+left (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712). It pays where responses of the teacher are
+few: it takes any prompt, and one parallel forward of the teacher (docs/regimes.md).
 
-The paper takes the forward KL and no anchor. Our presets take the JSD: the forward KL makes the
-student as unsure as its teacher, and that costs forwards. They keep the CFT loss in the mix, as an
-anchor, and a low rate: a higher one unlearns what CFT has learned (docs/findings.md).
+The paper takes the forward KL and no anchor, as toy_few does. After CFT on all text the forward KL
+only makes the student as unsure as its teacher: there our presets take the JSD, and keep the CFT
+loss in the mix.
 
-Logged: loss (both terms); divergence alone; rollout_valid (share of valid answers among the drawn
-ones); valid and tokens_per_forward as in CFT.
+Logged: loss (both terms); divergence alone; rollout_valid (share of valid answers among those
+written); valid and tokens_per_forward as in CFT.
 """
 from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
 
@@ -81,7 +81,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
 
     # 1. Draw a state of each block, and see it as the sampler did.
     block = every_block(tokens, B)                                # (N, M)
-    extra = answer_blocks(tokens, B, cfg.opd_answer_states)       # ours: more of the answer
+    extra = answer_blocks(tokens, B, cfg.answer_states)       # ours: more of the answer
     block = torch.cat((block, extra), dim=1)                      # ours
     step = draw_steps(decoded, block, B, rng)
     noised, open_ = decode_states(decoded, block, step, B)        # (N, M, B)
@@ -92,7 +92,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     scored = real & (slot0 | open_)
     weight = token_weights(tokens, cfg.answer_weight)             # (N, R)
     weight = take_blocks(weight, block, B)                        # (N, M, B)
-    if cfg.opd_answer_states:                                     # ours
+    if cfg.answer_states:                                     # ours
         weight = weight * state_weights(block, scored, real)      # (N, M, 1)
     weight = weight[scored]                                       # (n,)
 
@@ -122,11 +122,12 @@ def main(cfg):
     for step in run.steps():
         rng = rng_for(cfg, "opd", step)
 
-        # The student writes, to any training prompts: no answers of the teacher are needed.
+        # The student writes, to any prompts, as it is served; several of one prompt are drawn.
         n_prompts = min(cfg.opd_prompts, len(world.train))
-        rows = draw_batch(n_prompts, cfg.batch_size, rng)
+        rows = draw_batch(n_prompts, cfg.batch_size, rng).repeat(cfg.opd_group)  # (N,)
         prompt, _ = tensors(world.train, rows, device_of(cfg))
-        decoded = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau, rng)
+        temperature = float(cfg.opd_group > 1)
+        decoded = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau, temperature, rng)
 
         # The teacher corrects.
         distance = opd_loss(cfg, student, teacher, prompt, decoded, rng)

@@ -8,8 +8,9 @@ The student samples a group of responses to each prompt; the reward says how far
 rose. Log-probabilities are replayed in the very states in which tokens were committed, so that
 ratios are exact, given the slots of each step (after an update the rule might choose others).
 
-The CFT loss stays in the mix as an anchor, where others have a KL to the reference model. The
-paper has none; without it fewer answers are valid here (docs/findings.md).
+Ours: OPD's divergence from the teacher stays in the mix as an anchor, on the roll-outs themselves,
+where others have a KL to the reference model. The paper has none; without it traces become false
+here (docs/regimes.md).
 
 Logged, beside valid and tokens_per_forward as in CFT:
     reward, sampled_valid, copied    mean reward; shares of valid answers, of copied lists
@@ -28,10 +29,11 @@ import torch
 
 from data import PAD, draw_batch, parse_answers, tensors
 from diffusion import replay_logp
-from plumbing.checkpoint import device_of, start_from
+from plumbing.checkpoint import device_of, load_stage, start_from
 from plumbing.settings import UserError
 from trainer import Run, autocast, load_world, rng_for, roll_out
-from train_cft import anchor_loss, training_responses, validate
+from train_cft import validate
+from train_opd import opd_loss
 
 
 def reward(before, after, k, valid, alpha, conditional):
@@ -128,7 +130,7 @@ def main(cfg):
     world = load_world(cfg)
     model = start_from(cfg, world, "opd")
     run = Run(cfg, "rl", model, world)
-    responses = training_responses(cfg, world) if cfg.rl_anchor else None  # the anchor's text
+    teacher = load_stage(cfg, "ar", world)[0] if cfg.rl_anchor else None
     with_target = np.flatnonzero(world.train.target >= 0)
     if not len(with_target):
         raise UserError("no training list holds its target, so there is nothing to reward: use a "
@@ -142,7 +144,7 @@ def main(cfg):
         rows = with_target[drawn]                                 # (prompts,)
         rows = rows.repeat(cfg.rl_group)                          # (N,), N = prompts * group
         prompt, _ = tensors(world.train, rows, device_of(cfg))
-        decoded = roll_out(cfg, model, prompt, world.max_response, cfg.rl_tau, rng)
+        decoded = roll_out(cfg, model, prompt, world.max_response, cfg.rl_tau, 1.0, rng)
 
         # 2. Reward them, and compare the samples of a prompt.
         rewards, log = score_answers(cfg, world, rows, decoded)
@@ -155,8 +157,9 @@ def main(cfg):
             kept = signal.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
             advantage = advantage.flatten().to(prompt.device)[kept]
             part = decoded.take(kept)
-            anchor = functools.partial(anchor_loss, cfg, world, model, responses, rng)
-            log |= update(cfg, run, prompt[kept], part, advantage, anchor)
+            prompt = prompt[kept]
+            anchor = functools.partial(opd_loss, cfg, model, teacher, prompt, part, rng)  # ours
+            log |= update(cfg, run, prompt, part, advantage, anchor)
         if run.time_to_validate():
             log |= validate(cfg, world, model)
         run.log(**log)

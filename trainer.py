@@ -12,6 +12,7 @@ from beauty.world import beauty_world
 from data import parse_answers, tensors
 from model import Sampling
 from ours.commit import Apart, label_range
+from ours.wording import reword
 from plumbing.checkpoint import (checkpoint_path, device_of, locked, log_path, open_log, resume,
                                  save_run)
 from plumbing.processes import (RANK, mean_gradients, share_rows, shared_decode,
@@ -20,14 +21,14 @@ from plumbing.settings import UserError
 from sampler import Threshold, block_decode
 from toy.world import toy_world
 
-WEIGHT_DECAY = 0.05  # of matrices
+WEIGHT_DECAY = 0.05  # of the matrices of the layers
 BATCH = 256          # rows decoded together
-ROLL_OUT_CLASH = 0.1  # cfg.clash of roll-outs: tokens drawn, not the best, collide more often
 
 
 def load_world(cfg):
     """The World that the settings name."""
     world = toy_world(cfg) if cfg.world.startswith("toy") else beauty_world(cfg)
+    world = reword(world, cfg.wording)  # ours
     if not cfg.trace:  # the answer alone
         for split in (world.train, world.val, world.test):
             split.trace = split.trace[:, :0]
@@ -53,18 +54,20 @@ def autocast(cfg, device):
 
 # --- The loop around a stage's own loss -------------------------------------------------------
 
-def optimizer_of(model, lr):
-    """AdamW; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
-        {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), fused=matrices[0].is_cuda)
+def optimizers_of(model, lr):
+    """[Muon, AdamW]: Muon for the matrices of the layers, AdamW for embeddings and gains.
+
+    Muon turns the momentum of a matrix into the nearest orthogonal one (Jordan et al. 2024). It is
+    scaled to the size of an AdamW step (arXiv 2502.16982), so that one rate serves both."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr, WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 class Run:
-    """Optimiser, schedule, checkpoints, log and bar of one stage. Use:
+    """Optimisers, schedule, checkpoints, log and bar of one stage. Use:
 
         run = Run(cfg, "cft", model, world)
         for step in run.steps():           # continues where a killed run stopped
@@ -77,7 +80,7 @@ class Run:
         self.peak_lr = getattr(cfg, f"{stage}_lr")
         self.n_steps = getattr(cfg, f"{stage}_steps")
         self.path = checkpoint_path(cfg, stage)
-        self.optimizer = optimizer_of(model, self.peak_lr)
+        self.optimizers = optimizers_of(model, self.peak_lr)
         self.shown = {}  # in the bar
         resume(self)     # plumbing/checkpoint.py sets self.first, self.seconds, self.finished
         share_rows(model)
@@ -117,13 +120,16 @@ class Run:
 
     def update(self, loss):
         """One optimiser step on a scalar loss -> the loss, and the gradient's norm, for the log."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        lr = self.lr_at(self.step)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         loss.backward()
         mean_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         loss, norm = loss.item(), norm.item()
         if not math.isfinite(loss + norm):
             raise UserError(f"{self.stage}: loss {loss}, gradient norm {norm} at step {self.step}: "
@@ -132,7 +138,7 @@ class Run:
 
     def log(self, **values):
         """A line of metrics.jsonl, and the bar. seconds: since this process began the stage."""
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["lr"] = self.lr_at(self.step)
         seconds = round(time.perf_counter() - self.began, 2)
         line = {"step": self.step, **values, "seconds": seconds}
         self.log_file.write(json.dumps(line) + "\n")
@@ -161,17 +167,16 @@ def decode(cfg, model, prompt, max_len, tau=None):
     return block_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg, tau))
 
 
-def roll_out(cfg, model, prompt, max_len, tau, rng):
-    """Responses (N, R) that a student draws at temperature 1, for OPD and RL -> Decoded.
+def roll_out(cfg, model, prompt, max_len, tau, temperature, rng):
+    """Responses (N, R) of a student, decoded as it is served, for OPD and RL -> Decoded.
 
-    Sure slots may take one label here, as no labels are given to Apart (ours): mistakes teach."""
-    rule = Threshold(tau) if cfg.commit == "threshold" else Apart(tau, ROLL_OUT_CLASH)
-
+    temperature: of the draws; at 0 each token is the best one."""
     def decoder(prompt, rng):
         if prompt.is_cuda:  # torch draws on a GPU with a generator of the GPU's only
             seed = int(torch.randint(2 ** 62, (), generator=rng))
             rng = torch.Generator(prompt.device).manual_seed(seed)
-        return block_decode(model, prompt, max_len, cfg.block_size, rule, Sampling(1.0, rng))
+        sampling = Sampling(temperature, rng)
+        return block_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg, tau), sampling)
     return shared_decode(decoder, prompt, rng)
 
 

@@ -204,7 +204,7 @@ def answers(cfg, world, stage, model, split):
     decoded = decode(cfg, model, prompt, world.max_response)
     tokens = decoded.tokens.cpu().numpy()
     parsed = parse_answers(tokens, split.incoming)
-    true = faithfulness(tokens, split.trace, world.n_labels)
+    true = faithfulness(world.plain(tokens), split.trace, world.n_labels)
     for n, row in enumerate(tokens):
         trace = []
         for statement in statements(row, world.n_labels):

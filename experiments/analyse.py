@@ -142,7 +142,8 @@ def falsified(cfg, world, model, tokens):
     every = np.arange(len(rows))
     pair = np.stack((before[every, best], before[every, last]), axis=1)  # (n, 2) labels
     forged = exchange(written, at[pair], stride)
-    changed = (forged != written).any(1).numpy()  # equal evidence changes nothing: left out
+    said, now_said = world.plain(written.numpy()), world.plain(forged.numpy())
+    changed = (now_said != said).any(1)  # equal evidence changes nothing: left out
     pair, before = pair[changed], before[changed]
 
     orders = {}

@@ -22,17 +22,14 @@ from data import (LABEL, MASK, PAD, draw_batch, in_answer, tensors,  # noqa: E40
                   token_weights)
 from diffusion import (decode_states, every_block, fill_last_block, predict_blocks,  # noqa: E402
                        take_blocks)
-from model import Sampling, causal_hidden  # noqa: E402
-from ours.commit import Apart  # noqa: E402
+from model import causal_hidden  # noqa: E402
 from ours.labels import exclude_shown  # noqa: E402
 from ours.states import answer_blocks, state_weights  # noqa: E402
 from plumbing.checkpoint import device_of, load_stage, start_from  # noqa: E402
-from plumbing.processes import shared_decode  # noqa: E402
 from plumbing.settings import OneOf, Real, Switch, Text  # noqa: E402
 from plumbing.teacher import teacher_responses  # noqa: E402
-from sampler import NEVER, Decoded, Threshold, block_decode  # noqa: E402
-from trainer import (ROLL_OUT_CLASH, Run, autocast, load_world, rng_for,  # noqa: E402
-                     valid_rate)
+from sampler import NEVER, Decoded  # noqa: E402
+from trainer import Run, autocast, load_world, rng_for, roll_out, valid_rate  # noqa: E402
 from train_cft import anchor_loss, training_responses, validate  # noqa: E402
 from train_opd import divergence, draw_steps  # noqa: E402
 
@@ -44,7 +41,7 @@ class Options:
     states: OneOf("masked", "committed", "next") = "masked"
     # scored in a state: all that is masked; what was committed there; the leftmost masked slot
     teacher_temperature: Real(above=0) = 1.0  # above 1 the target is softer
-    rollout_temperature: Real(0) = 1.0  # of the student's draws; 0: greedy
+    rollout_temperature: Real(0) = 0.0  # of the student's draws; 0: greedy
     cut: Switch() = False  # nothing counts after the first label that the answer had already
 
 
@@ -52,18 +49,6 @@ class Options:
 class VariantConfig(Config):
     """The settings of a run, these switches among them: a checkpoint belongs to its variant."""
     opd_variant: Text() = ""
-
-
-def student_text(cfg, options, student, prompt, max_len, rng):
-    """trainer.roll_out at opd_tau, at another temperature."""
-    rule = Apart(cfg.opd_tau, ROLL_OUT_CLASH)
-    if cfg.commit == "threshold":
-        rule = Threshold(cfg.opd_tau)
-
-    def decoder(prompt, rng):
-        drawn = Sampling(options.rollout_temperature, rng)
-        return block_decode(student, prompt, max_len, cfg.block_size, rule, drawn)
-    return shared_decode(decoder, prompt, rng)
 
 
 def as_decoded(response, block_size, rng):
@@ -106,7 +91,7 @@ def scored_slots(options, decoded, block, step, open_):
 def variant_loss(cfg, options, student, teacher, prompt, decoded, rng):
     """train_opd.opd_loss with the switches of options; without them the very same, a scalar."""
     B, tokens = cfg.block_size, decoded.tokens
-    extra = answer_blocks(tokens, B, cfg.opd_answer_states)
+    extra = answer_blocks(tokens, B, cfg.answer_states)
     block = torch.cat((every_block(tokens, B), extra), dim=1)     # (N, M)
     step = draw_steps(decoded, block, B, rng)
     noised, open_ = decode_states(decoded, block, step, B)        # (N, M, B)
@@ -117,7 +102,7 @@ def variant_loss(cfg, options, student, teacher, prompt, decoded, rng):
         wrong = after_a_repeated_label(tokens, cfg.n_labels)
         scored &= ~take_blocks(wrong, block, B)
     weight = take_blocks(token_weights(tokens, cfg.answer_weight), block, B)
-    if cfg.opd_answer_states:
+    if cfg.answer_states:
         weight = weight * state_weights(block, scored, real)
     weight = weight[scored]                                       # (n,)
 
@@ -151,7 +136,8 @@ def main(cfg, options):
         if options.source == "teacher":
             decoded = as_decoded(own[rows].to(prompt.device), cfg.block_size, rng)
         else:
-            decoded = student_text(cfg, options, student, prompt, world.max_response, rng)
+            decoded = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau,
+                               options.rollout_temperature, rng)
 
         loss = distance = variant_loss(cfg, options, student, teacher, prompt, decoded, rng)
         if cfg.opd_anchor:

@@ -19,7 +19,8 @@ from trainer import Run
 
 STEPS = 12  # the first two warm up, the last one validates
 SCRIPTS = {"ar": train_ar, "cft": train_cft, "opd": train_opd, "rl": train_rl}
-UPDATE = {"backward": (torch.Tensor, "backward"), "optimiser": (torch.optim.AdamW, "step")}
+UPDATE = {"backward": (torch.Tensor, "backward"), "Muon": (torch.optim.Muon, "step"),
+          "AdamW": (torch.optim.AdamW, "step")}
 PARTS = {  # stage: what is timed, name -> (where a function is looked up, its name)
     "ar": {"batch": (train_ar, "tensors"), "misplaced labels": (train_ar, "misplaced"),
            "forward": (train_ar, "causal_hidden"), **UPDATE},
@@ -29,7 +30,7 @@ PARTS = {  # stage: what is timed, name -> (where a function is looked up, its n
             "divergence: student and teacher read": (train_opd, "opd_loss"),
             "CFT loss": (train_opd, "anchor_loss"), **UPDATE},
     "rl": {"roll-out": (train_rl, "roll_out"), "replay": (train_rl, "replay_logp"),
-           "CFT loss": (train_rl, "anchor_loss"), **UPDATE}}
+           "divergence": (train_rl, "opd_loss"), **UPDATE}}
 
 
 def settings(cfg, stage, run_dir):
@@ -96,5 +97,5 @@ def training(cfg, world):
     """{stage: costs}, CFT also with one noised copy of every block, as the two streams of BD3-LM
     have it."""
     out = {stage: costs(cfg, world, stage) for stage in PARTS}
-    once = dataclasses.replace(cfg, cft_pairs=False, cft_answer_states=0)
+    once = dataclasses.replace(cfg, answer_states=0)
     return out | {"cft, one copy of a block": costs(once, world, "cft")}

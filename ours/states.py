@@ -2,8 +2,7 @@
 
     uniform noise           L4 [MASK] L7 L2                    the paper: one a block, weight 1 / t
     a first step            [MASK] [MASK] [MASK] [MASK]        --cft_first_step: decoding starts so
-    a complementary pair    L4 [MASK] L7 L2  and  L4 L1 [MASK] [MASK]    --cft_pairs
-    more of the answer      the answer's blocks again          --cft_answer_states, --opd_...
+    more of the answer      the answer's blocks again          --answer_states
 
 The answer is the hard part of a response, and a small part of its blocks.
 """
@@ -33,20 +32,6 @@ def first_steps(masked, weight, share, rng):
     first = torch.rand(n, 1, generator=rng).to(masked.device) < share
     first = first.view(*masked.shape[:2], 1)                      # (N, M, 1)
     return masked | first, torch.where(first, 1.0, weight)
-
-
-def complementary_pairs(block, masked, weight):
-    """Follows every state by one that masks what it shows (Fast-dLLM v2, arXiv 2509.26328).
-
-    Each token is then masked exactly once a pair, so none needs 1 / t: all get the weight of the
-    state, which is slot 0's. Slot 0 itself counts in the first of the pair only.
-    (N, M, ...) -> (N, 2 M, ...)."""
-    slot0 = torch.arange(masked.shape[-1], device=masked.device) == 0
-    other = ~masked & ~slot0
-    masks = torch.stack((masked, other), dim=2)                   # (N, M, 2, B)
-    counted = torch.stack((masked | slot0, other), dim=2)
-    weights = counted * weight[:, :, None, :1]
-    return block.repeat_interleave(2, 1), masks.flatten(1, 2), weights.flatten(1, 2)
 
 
 def state_weights(block, scored, real):

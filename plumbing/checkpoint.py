@@ -10,9 +10,10 @@ import os
 
 import torch
 
-from config import STAGES, folder, settings_of
+from config import STAGES, folder
 from fast.gpt import FastGPT, compile_layers
 from model import GPT
+from plumbing.arguments import settings_of
 from plumbing.processes import RANK
 from plumbing.settings import UserError
 
@@ -205,7 +206,9 @@ def differences(cfg, stage, world, state):
     for name, value in sorted(wanted.items()):
         if there.get(name) != value:
             differ.append(f"{name}={there.get(name)} there, {value} now")
-    if state.get("stage") != stage or state.get("words") != world.words:
+    # After RL at block size 1 a teacher is still autoregressive.
+    teaches = stage == "ar" and cfg.teacher and there.get("block_size") == 1
+    if not (state.get("stage") == stage or teaches) or state.get("words") != world.words:
         differ.append("another stage or vocabulary")
     elif state.get("world") != world.checksum:
         differ.append("the data has changed since")
@@ -268,7 +271,7 @@ def last_student(cfg, world):
 
 def resume(run):
     """Goes on from the checkpoint of a run's stage, if there is one: sets its first step, its
-    seconds so far, and whether it has finished; loads model and optimiser.
+    seconds so far, and whether it has finished; loads model and optimisers.
 
     Raises UserError if that checkpoint was begun from other weights."""
     run.first, run.seconds, run.finished = 0, 0.0, False
@@ -280,8 +283,12 @@ def resume(run):
         raise UserError(f"{run.path} was begun from other weights (--teacher, --init or the stage "
                         "before has changed): name those again, or use another --run_dir, or "
                         "delete it")
+    if "optimizers" not in state:
+        raise UserError(f"{run.path} is of another version of trainer.py: delete it and train "
+                        "again")
     load_weights(run.path, state, run.model)
-    run.optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     run.first, run.seconds, run.finished = state["step"], state["seconds"], state["finished"]
 
 
@@ -290,5 +297,6 @@ def save_run(run, done):
     save_tensors(run.path, {
         "stage": run.stage, "settings": settings_of(run.cfg, run.stage),
         "world": run.world.checksum, "words": run.world.words, "start": run.began_with,
-        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "model": run.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "step": done, "finished": done == run.n_steps, "seconds": run.seconds})

@@ -35,9 +35,9 @@ if "OMP_WAIT_POLICY" not in os.environ and busy_cores() > 0.3:
 
 import torch  # noqa: E402
 
-from config import parse_args  # noqa: E402
 from fast.memory import keep_memory  # noqa: E402
 from plumbing import checkpoint, processes  # noqa: E402
+from plumbing.arguments import parse_args  # noqa: E402
 from plumbing.settings import UserError  # noqa: E402
 
 WRONG, STOPPED = 2, 130  # exit codes: what the user can mend; Ctrl-C, as shells count it

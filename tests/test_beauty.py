@@ -15,9 +15,9 @@ from beauty.prerank import (FOLDS, K, Counts, Histories, check_size, link_pairs,
                             top_candidates)
 from beauty.tokens import beauty_words, tokenize
 from beauty.world import FRESH, beauty_world
-from config import parse_args
 from data import PAD
 from make_beauty import make_beauty
+from plumbing.arguments import parse_args
 from plumbing.settings import UserError
 
 SPLITS = ("train", "val", "test")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import PRESETS, RUNTIME, STAGES, Config, parse_args, settings_of
+from config import PRESETS, STAGES, Config
 from conftest import ROOT
 from plumbing import settings
+from plumbing.arguments import RUNTIME, parse_args, settings_of
 from plumbing.settings import Kind, Number, Numbers, OneOf, Real, Switch, Text, UserError, Whole
 
 
@@ -112,7 +113,7 @@ def test_a_slip_that_used_to_run_is_refused(option, value):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    (["--config", "toyy"], "--config must be one of toy, small, full, not 'toyy'"),
+    (["--config", "toyy"], f"--config must be one of {', '.join(PRESETS)}, not 'toyy'"),
     (["--cft_step", "3"], "did you mean --cft_steps"),
     (["cft_steps", "3"], "unknown option 'cft_steps'"),
     (["--zzzzqqqq", "3"], "see --help"),

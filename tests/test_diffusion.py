@@ -24,8 +24,8 @@ from rules import Factor
 from sampler import NEVER, Decoded, Threshold, block_decode
 from train_cft import cft_loss
 
-PLAIN = replace(Config(), bfloat16=False, cft_pairs=False, cft_first_step=0.0,
-                cft_answer_states=0, cft_misplace=0.0, cft_penalty=0.0)
+PLAIN = replace(Config(), bfloat16=False, cft_first_step=0.0, answer_states=0, cft_misplace=0.0,
+                cft_penalty=0.0)
 
 
 def half_masked(tokens, *shape, seed=0):
@@ -305,16 +305,13 @@ def test_the_gradient_of_a_replay_is_that_of_its_states_one_by_one(B, kind):
 
 # --- The CFT loss ------------------------------------------------------------------------------
 
-def subset_weight(pairs, m, n):
+def subset_weight(m, n):
     """E over t of (probability that exactly these m of n slots are masked) x (weight of their
-    losses)."""
-    if pairs:  # these m, or exactly the others, so that the second one masks these: Beta
-        return 2 * math.factorial(m) * math.factorial(n - m) / math.factorial(n + 1)
-    # The integral over (0, 1] of t^m (1 - t)^(n - m) / t: Beta(m, n - m + 1).
+    losses): the integral over (0, 1] of t^m (1 - t)^(n - m) / t, which is Beta(m, n - m + 1)."""
     return math.factorial(m - 1) * math.factorial(n - m) / math.factorial(n)
 
 
-def enumerated_loss(model, prompt, response, weight, B, pairs, first_step):
+def enumerated_loss(model, prompt, response, weight, B, first_step):
     """Expected weighted nats of one unpadded row of whole blocks, over all states of its blocks.
 
     Slot 0 counts once. The others: all m masked of n = B - 1, each set with its weight; or, in
@@ -333,7 +330,7 @@ def enumerated_loss(model, prompt, response, weight, B, pairs, first_step):
         for m in range(1, B):
             for masked in itertools.combinations(range(1, B), m):
                 of_set = nats(masked)[list(masked)].sum()
-                total += (1 - first_step) * subset_weight(pairs, m, B - 1) * of_set
+                total += (1 - first_step) * subset_weight(m, B - 1) * of_set
     return total
 
 
@@ -352,12 +349,12 @@ def two_responses(B, whole):
     return filled, response
 
 
-@pytest.mark.parametrize("B, pairs, first_step, whole, states, answer_weight", [
-    (3, False, 0.0, False, 0, 1.0), (4, False, 0.0, True, 3, 2.5), (3, False, 0.4, True, 0, 2.5),
-    (3, True, 0.0, True, 1, 0.5), (4, True, 0.4, False, 0, 1.0), (3, True, 0.3, False, 2, 3.0)])
+@pytest.mark.parametrize("B, first_step, whole, states, answer_weight", [
+    (3, 0.0, False, 0, 1.0), (4, 0.0, True, 3, 2.5), (3, 0.4, True, 0, 2.5),
+    (3, 0.0, True, 1, 0.5), (4, 0.4, False, 0, 1.0), (3, 0.3, False, 2, 3.0)])
 @torch.no_grad()
 def test_monte_carlo_mean_of_the_loss_is_the_enumerated_bound(
-        B, pairs, first_step, whole, states, answer_weight):
+        B, first_step, whole, states, answer_weight):
     model, prompt = tiny_gpt(kind=FastGPT), left_padded([2, 4])  # the loss of a GPT is the same
     filled, response = two_responses(B, whole)
     weight = torch.ones(2, 2 * B, dtype=torch.float64)
@@ -366,11 +363,11 @@ def test_monte_carlo_mean_of_the_loss_is_the_enumerated_bound(
         real = i < response.shape[1] and response[n, i] != PAD
         if real and ANSWER in filled[n, :i]:
             weight[n, i] = answer_weight
-    exact = (enumerated_loss(model, prompt[0, 2:], filled[0], weight[0], B, pairs, first_step) +
-             enumerated_loss(model, prompt[1], filled[1, :B], weight[1, :B], B, pairs, first_step))
+    exact = (enumerated_loss(model, prompt[0, 2:], filled[0], weight[0], B, first_step) +
+             enumerated_loss(model, prompt[1], filled[1, :B], weight[1, :B], B, first_step))
     exact /= weight[0].sum() + weight[1, :B].sum()
-    cfg = replace(PLAIN, block_size=B, cft_pairs=pairs, cft_first_step=first_step,
-                  cft_answer_states=states, answer_weight=answer_weight)
+    cfg = replace(PLAIN, block_size=B, cft_first_step=first_step, answer_states=states,
+                  answer_weight=answer_weight)
     many = prompt.repeat(200, 1), response.repeat(200, 1)
     draws = torch.stack([cft_loss(cfg, model, *many, gen(seed)) for seed in range(30)])
     error = draws.std() / 30 ** 0.5
@@ -390,11 +387,10 @@ def test_the_loss_is_divided_by_the_number_of_tokens_and_not_by_the_weights_draw
     assert (count / response.numel() - 1).abs() > 0.01
 
 
-@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("first_step, states", [(0.0, 0), (0.5, 2)])
 @pytest.mark.parametrize("answer_weight", [1.0, 4.0])
 def test_at_block_size_one_the_loss_is_the_autoregressive_one(
-        pairs, first_step, states, answer_weight, kind):
+        first_step, states, answer_weight, kind):
     model, prompt = tiny_gpt(kind=kind), left_padded(LENGTHS)
     response = words(len(LENGTHS), 7, seed=1)
     response[:, 2] = ANSWER
@@ -403,7 +399,7 @@ def test_at_block_size_one_the_loss_is_the_autoregressive_one(
     nats = F.cross_entropy(logits.transpose(1, 2), response, reduction="none")
     after = (response == ANSWER).cumsum(1) - (response == ANSWER).long() > 0
     weight = torch.where(after, answer_weight, 1.0) * (response != PAD)
-    cfg = replace(PLAIN, block_size=1, cft_pairs=pairs, cft_first_step=first_step,
-                  cft_answer_states=states, answer_weight=answer_weight)
+    cfg = replace(PLAIN, block_size=1, cft_first_step=first_step, answer_states=states,
+                  answer_weight=answer_weight)
     loss = cft_loss(cfg, model, prompt, response, gen())
     close(loss, (nats * weight).sum() / weight.sum(), atol=1e-6)

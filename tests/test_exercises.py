@@ -21,10 +21,11 @@ import torch
 
 import train_rl
 from conftest import ROOT, left_padded, tiny_gpt, words
-from config import Config, parse_args
+from config import Config
 from data import EOS, MASK, PAD
 from diffusion import fill_last_block, predict_blocks
 from model import ar_decode
+from plumbing.arguments import parse_args
 from plumbing.checkpoint import load_tensors
 from plumbing.settings import UserError
 from sampler import NEVER, block_decode
@@ -293,8 +294,8 @@ def test_bound():
     # The last case is enough: what is estimated differs in no other.
     p, r = (x.repeat(200, 1) for x in rows[1])
     tokens = fill_last_block(r, B)[1][0].sum().item()
-    cfg = Config(block_size=B, answer_weight=1.0, cft_pairs=False, cft_first_step=0.0,
-                 cft_answer_states=0, cft_misplace=0.0, bfloat16=False)
+    cfg = Config(block_size=B, answer_weight=1.0, cft_first_step=0.0, answer_states=0,
+                 cft_misplace=0.0, bfloat16=False)
     with torch.no_grad():
         draws = [cft_loss(cfg, model, p, r, torch.Generator().manual_seed(seed)).item() * tokens
                  for seed in range(16)]

@@ -8,8 +8,8 @@ import shlex
 import pytest
 
 from conftest import ROOT
-from config import parse_args
 from test_exercises import read, sd_of_opd
+from plumbing.arguments import parse_args
 
 TEXT = open(os.path.join(ROOT, "docs", "exercises.md"), encoding="utf-8").read()
 

@@ -18,11 +18,12 @@ import train_ar
 import train_cft
 import train_opd
 import validity
-from config import Config, parse_args
+from config import Config
 from conftest import left_padded, tiny_gpt, words
 from data import ANSWER, EOS, LABEL, MASK, PAD, responses, tensors
 from model import causal_hidden
 from plumbing import script
+from plumbing.arguments import parse_args
 from plumbing.checkpoint import load_tensors
 from rules import Factor, Steps
 from sampler import NEVER, block_decode
@@ -112,11 +113,10 @@ def variant(**switches):
 
 def test_without_switches_the_variant_is_opd_itself():
     student, teacher, prompt = tiny_gpt(3), tiny_gpt(0), left_padded([4, 1, 6, 3])
-    for cfg in (replace(CFG, block_size=4), replace(CFG, block_size=4, opd_answer_states=0,
-                                                    opd_exclude=False, commit="threshold")):
-        decoded = roll_out(cfg, student, prompt, 12, cfg.opd_tau, gen())
-        same = opd_variants.student_text(cfg, variant(), student, prompt, 12, gen())
-        assert torch.equal(decoded.filled, same.filled)
+    for cfg in (replace(CFG, block_size=4),
+                replace(CFG, block_size=4, answer_states=0, opd_exclude=False,
+                        commit="threshold")):
+        decoded = roll_out(cfg, student, prompt, 12, cfg.opd_tau, 0.0, gen())
         loss = train_opd.opd_loss(cfg, student, teacher, prompt, decoded, gen(1))
         other = opd_variants.variant_loss(cfg, variant(), student, teacher, prompt, decoded, gen(1))
         assert torch.equal(loss, other)
@@ -190,10 +190,12 @@ def test_a_run_without_switches_trains_the_weights_of_opd(monkeypatch, capsys, t
              str(tmp_path / "toy/seed0/cft/checkpoint.pt")]
     run(opd_variants, monkeypatch, tmp_path / "same", *start)
     run(opd_variants, monkeypatch, tmp_path / "cut", *start, "--states", "next")
+    run(opd_variants, monkeypatch, tmp_path / "drawn", *start, "--rollout_temperature", "1")
     plain, same = weights(tmp_path, "opd"), weights(tmp_path / "same", "opd")
     assert all(torch.equal(plain[name], same[name]) for name in plain)
-    other = weights(tmp_path / "cut", "opd")
-    assert any(not torch.equal(plain[name], other[name]) for name in plain)
+    for folder in ("cut", "drawn"):
+        other = weights(tmp_path / folder, "opd")
+        assert any(not torch.equal(plain[name], other[name]) for name in plain)
     # A checkpoint belongs to its switches.
     message = refused(opd_variants, monkeypatch, capsys, tmp_path / "cut", *start, "--cut", "true")
     assert "opd_variant" in message

@@ -100,8 +100,8 @@ def test_hidden_states_that_predict_segments_are_the_same(B, n_segments):
 
 @pytest.mark.parametrize("B", [1, 3, 4])
 @pytest.mark.parametrize("settings", [
-    dict(cft_pairs=False, cft_first_step=0.0, cft_answer_states=0, cft_misplace=0.0),
-    dict(cft_pairs=True, cft_misplace=0.6, cft_penalty=5.0)], ids=["paper", "ours"])
+    dict(cft_first_step=0.0, answer_states=0, cft_misplace=0.0),
+    dict(cft_misplace=0.6, cft_penalty=5.0)], ids=["paper", "ours"])
 def test_the_cft_loss_is_the_same(B, settings):
     cfg = Config(bfloat16=False, block_size=B, **settings)
     models, prompt = both(), left_padded(LENGTHS)

@@ -1,4 +1,5 @@
-"""Invariants of what we add to the paper's recipe (the folder ours/); and that without it the paper is left.
+"""Invariants of what we add to the paper's recipe (the folder ours/); and that without it the
+paper is left.
 
 Where two computations must agree they run in float64.
 """
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 
 import train_ar
 import trainer
-from config import PAPER, PRESETS, Config, parse_args
-from conftest import VOCAB, close, left_padded, tiny_gpt, words
+from config import PAPER, PRESETS, Config
+from conftest import VOCAB, close, left_padded, same_decode, tiny_gpt, words
 from data import ANSWER, EOS, LABEL, MASK, PAD, answer_labels, in_answer, tensors
 from diffusion import draw_noise, every_block, replay_logp
 from fast.gpt import FastGPT
@@ -23,8 +24,8 @@ from model import GPT, Sampling, causal_hidden
 from ours.commit import Apart, label_range
 from ours.labels import (best_left, exclude_shown, misplaced, taken_nats, tokens_shown,
                          what_is_left)
-from ours.states import (answer_blocks, complementary_pairs, first_steps, share_weight,
-                         state_weights)
+from ours.states import answer_blocks, first_steps, share_weight, state_weights
+from plumbing.arguments import parse_args
 from sampler import NEVER, Decoded, Threshold, block_decode, plain_decode
 from test_stages import SGD, block_hidden, gen, plain_divergence, start
 from toy.world import toy_split, toy_world
@@ -188,23 +189,41 @@ def test_the_labels_are_the_first_words_after_the_special_ones():
 
 
 @pytest.mark.parametrize("commit", ["independent", "threshold"])
-def test_serving_keeps_labels_apart_and_roll_outs_do_not(monkeypatch, commit):
+def test_roll_outs_decode_as_serving_does(monkeypatch, commit):
     cfg, used = replace(CFG, commit=commit), []
 
     def decode(model, prompt, max_len, block_size, rule, sampling=None):
-        used.append(rule)
+        used.append((block_size, rule, sampling.temperature if sampling else 0.0))
         return Decoded(*[torch.zeros(1, 1)] * 5)
 
     monkeypatch.setattr(trainer, "block_decode", decode)
     trainer.decode(cfg, None, words(1, 3), 8)
     trainer.decode(cfg, None, words(1, 3), 8, tau=0.8)
-    trainer.roll_out(cfg, None, words(1, 3), 8, 0.7, gen())
-    if commit == "threshold":
-        assert used == [Threshold(cfg.tau), Threshold(0.8), Threshold(0.7)]
-    else:
-        labels = range(LABEL, LABEL + cfg.n_labels)
-        serve = Apart(cfg.tau, cfg.clash, labels)
-        assert used == [serve, Apart(0.8, cfg.clash, labels), Apart(0.7, 0.1)]
+    trainer.roll_out(cfg, None, words(1, 3), 8, 0.8, 0.0, gen())
+    trainer.roll_out(cfg, None, words(1, 3), 8, 0.7, 1.0, gen())
+
+    def rule(tau):
+        if commit == "threshold":
+            return Threshold(tau)
+        return Apart(tau, cfg.clash, range(LABEL, LABEL + cfg.n_labels))
+
+    expected = [(cfg.tau, 0.0), (0.8, 0.0), (0.8, 0.0), (0.7, 1.0)]
+    assert used == [(cfg.block_size, rule(tau), heat) for tau, heat in expected]
+
+
+@pytest.mark.parametrize("commit", ["independent", "threshold"])
+def test_a_roll_out_at_temperature_0_is_what_is_served_and_others_are_drawn(commit):
+    cfg = replace(CFG, commit=commit, block_size=4)
+    model, prompt = tiny_gpt(3), left_padded(LENGTHS)
+
+    def roll_out(temperature, seed, tau=0.7):
+        return trainer.roll_out(cfg, model, prompt, 12, tau, temperature, gen(seed))
+
+    same_decode(roll_out(0.0, 1), trainer.decode(cfg, model, prompt, 12, tau=0.7))
+    assert not torch.equal(roll_out(0.0, 1).commit_step, roll_out(0.0, 1, tau=0.1).commit_step)
+    same_decode(roll_out(1.0, 1), roll_out(1.0, 1))
+    for other in (roll_out(1.0, 2), roll_out(0.0, 1)):
+        assert not torch.equal(roll_out(1.0, 1).tokens, other.tokens)
 
 
 # --- 2. Misplaced labels -----------------------------------------------------------------------
@@ -358,37 +377,10 @@ def test_first_steps_are_all_masked_with_weight_one_and_leave_the_others(share):
     assert torch.equal(new_weight[~first], weight[~first])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_complementary_pairs_mask_every_token_once_and_first_steps_leave_the_second_clean(share):
-    block = torch.arange(600).view(20, 30)
-    masked, weight = first_steps(*draw_noise(block, 4, gen()), share, gen(1))
-    twin, masks, weights = complementary_pairs(block, masked, weight)
-    assert torch.equal(twin.view(20, 30, 2), torch.stack((block, block), 2))
-    masks, weights = masks.view(600, 2, 4), weights.view(600, 2, 4)
-    a, b = masks.unbind(1)
-    assert torch.equal(a, masked.view(600, 4))
-    # What is masked weighs 1; so does slot 0, once a pair.
-    assert torch.equal(weights[:, :, 1:], masks[:, :, 1:].float())
-    assert (weights[:, 0, 0] == 1).all() and (weights[:, 1, 0] == 0).all()
-    assert (a[:, 1:] ^ b[:, 1:]).all() and not b[:, 0].any()
-    first = a[:, 0]
-    assert a[first].all() and not b[first].any()
-    assert abs(first.float().mean() - share) < 0.1
-    assert share == 1 or 0.4 < a[~first, 1:].float().mean() < 0.6
-
-
-def test_pairs_keep_the_weight_that_states_share():
-    block = torch.zeros(3, 4, dtype=torch.long)
-    masked, weight = draw_noise(block, 5, gen())
-    _, masks, weights = complementary_pairs(block, masked, share_weight(block, weight))
-    counted = masks | torch.tensor([[1, 0, 0, 0, 0], [0] * 5]).bool().repeat(4, 1)
-    close(weights, counted * 0.25, atol=1e-7)
-
-
 # --- 5. OPD ------------------------------------------------------------------------------------
 
 def test_exclude_shown_by_hand():
-    B, V = 4, 14
+    V = 14
     # 13 is in the trace only; all after <answer> but [EOS] are labels.
     tokens = torch.tensor([[10, 13, ANSWER, 9, 10, 11, 12, EOS]])
     decoded = Decoded(tokens, tokens, torch.zeros_like(tokens), torch.zeros(1, 8), None)
@@ -439,16 +431,6 @@ def whole_blocks(row, B, answer_weight):
     return row + [EOS] * more, weights + [1.0] * more
 
 
-def plain_states(cfg, masked, weight):
-    """The states made of one draw: pairs (masks, weights of the slots), lists."""
-    if not cfg.cft_pairs:
-        return [(masked, weight)]
-    other = [not m for m in masked]
-    other[0] = False
-    once = [1.0 if m or not j else 0.0 for j, m in enumerate(masked)]
-    return [(masked, once), (other, [float(m) for m in other])]
-
-
 def state_nats(cfg, model, prompt, filled, shown_from, ranking, b, masked):
     """Nats of the slots of one state of one row: [float]. filled: its tokens, a list; ranking:
     the slots of its labels."""
@@ -480,7 +462,7 @@ def plain_cft_loss(cfg, model, prompt, response, rng):
     B, total, norm = cfg.block_size, 0.0, 0.0
     shown_from = misplaced(response, cfg.cft_misplace, rng)
     wide = F.pad(response, (0, -response.shape[1] % B))
-    extra = answer_blocks(response, B, cfg.cft_answer_states)
+    extra = answer_blocks(response, B, cfg.answer_states)
     block = torch.cat((every_block(wide, B), extra), dim=1)
     masked, weight = first_steps(*draw_noise(block, B, rng), cfg.cft_first_step, rng)
     for n, row in enumerate(response):
@@ -494,20 +476,17 @@ def plain_cft_loss(cfg, model, prompt, response, rng):
             if b * B >= len(filled):
                 continue
             share = 1 / block[n].tolist().count(b)
-            for masks, counts in plain_states(cfg, masked[n, m].tolist(), weight[n, m].tolist()):
-                nats = state_nats(cfg, model, real, filled, order, ranking, b, masks)
-                for j in range(B):
-                    total = total + share * counts[j] * weights[b * B + j] * nats[j]
+            nats = state_nats(cfg, model, real, filled, order, ranking, b, masked[n, m].tolist())
+            for j in range(B):
+                total = total + share * weight[n, m, j] * weights[b * B + j] * nats[j]
     return total / norm
 
 
-OFF = dict(cft_answer_states=0, cft_first_step=0.0, cft_pairs=False, cft_misplace=0.0,
-           cft_penalty=0.0)
-ALL = dict(cft_answer_states=1, cft_first_step=0.3, cft_pairs=True, cft_misplace=0.6,
-           cft_penalty=5.0)
+OFF = dict(answer_states=0, cft_first_step=0.0, cft_misplace=0.0, cft_penalty=0.0)
+ALL = dict(answer_states=1, cft_first_step=0.3, cft_misplace=0.6, cft_penalty=5.0)
 RECIPES = {
-    "none": OFF, "answer states": {**OFF, "cft_answer_states": 2},
-    "first step": {**OFF, "cft_first_step": 0.4}, "pairs": {**OFF, "cft_pairs": True},
+    "none": OFF, "answer states": {**OFF, "answer_states": 2},
+    "first step": {**OFF, "cft_first_step": 0.4},
     "misplace": {**OFF, "cft_misplace": 0.6}, "penalty": {**OFF, "cft_penalty": 10.0},
     "all": ALL, "toy": {}, "small": PRESETS["small"]}
 
@@ -523,11 +502,10 @@ def test_the_cft_loss_is_the_sum_written_out_whatever_is_switched_on(B, recipe):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pairs", [False, True])
-def test_the_penalty_is_on_labels_that_a_state_shows_already(pairs):
+def test_the_penalty_is_on_labels_that_a_state_shows_already():
     """It is proportional to its setting, and nothing without an answer."""
     model, (prompt, response) = tiny_gpt(), texts()
-    cfg = replace(CFG, block_size=3, cft_pairs=pairs)
+    cfg = replace(CFG, block_size=3)
 
     def loss(penalty, response):
         return cft_loss(replace(cfg, cft_penalty=penalty), model, prompt, response, gen())
@@ -566,7 +544,8 @@ def switches():
 
 def test_the_settings_of_the_paper_are_all_that_are_marked_as_ours_at_their_values_for_off():
     marked = re.findall(r"^    (\w+): .*# ours \[(\S+)\]", inspect.getsource(Config), re.M)
-    assert {name: str(value).lower() for name, value in PAPER.items()} == dict(marked)
+    off = parse_args("", [x for name, value in marked for x in (f"--{name}", value)])
+    assert PAPER == {name: getattr(off, name) for name, _ in marked}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -574,7 +553,7 @@ def test_no_preset_keeps_anything_of_ours_with_every_switch_off(preset):
     cfg = parse_args("", ["--config", preset, *switches()])
     on = {name: value for name, value in OFF.items() if getattr(cfg, name) != value}
     assert not on and trainer.rule_of(cfg) == Threshold(cfg.tau)
-    assert cfg.ar_misplace == cfg.opd_anchor == cfg.rl_anchor == cfg.opd_answer_states == 0
+    assert cfg.ar_misplace == cfg.opd_anchor == cfg.rl_anchor == cfg.answer_states == 0
     assert not cfg.opd_exclude
 
 

@@ -15,9 +15,10 @@ import torch
 from beauty import rerank
 from beauty.amazon import read_beauty
 from beauty.evidence import prepare
-from config import STAGES, parse_args
+from config import STAGES
 from data import CANDIDATES, EOS, LABEL, PAD
 from make_beauty import make_beauty
+from plumbing.arguments import parse_args
 from plumbing.checkpoint import new_model, save_run
 from plumbing.script import script
 from trainer import Run, load_world

@@ -17,11 +17,12 @@ import train_opd
 import train_rl
 import trainer
 from beauty import rerank
-from config import Config, parse_args
-from conftest import ROOT
+from config import Config
+from conftest import ROOT, tiny_gpt
 from make_beauty import make_beauty
 from plumbing import checkpoint as files
 from plumbing import processes
+from plumbing.arguments import parse_args
 from plumbing.settings import UserError
 from scripts import TINY, checkpoint, refused, run
 
@@ -115,7 +116,7 @@ def test_foreign_and_damaged_checkpoints_are_refused_and_kept(monkeypatch, capsy
         return refused(module, monkeypatch, capsys, tmp_path, *options)
 
     assert "d_model=16 there, 32 now" in says(train_cft, "--d_model", "32")
-    assert "ar_lr=0.002 there, 0.1 now" in says(train_ar, "--ar_lr", "0.1")
+    assert f"ar_lr={Config().ar_lr} there, 0.1 now" in says(train_ar, "--ar_lr", "0.1")
     for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
         open(path, "wb").write(damaged)
         for module in (train_ar, train_cft):
@@ -161,6 +162,21 @@ def test_conversions_may_share_a_teacher_and_start_from_any_fitting_checkpoint(
     assert "shape" in says(train_ar, "d", "--init", teacher, "--d_model", "32")
     other = ["--teacher", teacher, "--init", teacher, *steps]
     assert "begun from other weights" in says(train_rl, "c", *other)
+
+
+def test_a_teacher_may_have_been_through_rl_if_it_is_still_autoregressive(
+        monkeypatch, capsys, tmp_path):
+    run(train_ar, monkeypatch, tmp_path)
+    first = checkpoint(tmp_path, "ar")
+    start = ["--teacher", first, "--init", first, "--rl_steps", "1"]
+    for B in ("1", "4"):
+        run(train_rl, monkeypatch, tmp_path / B, *start, "--block_size", B)
+    teacher, student = (checkpoint(tmp_path / B, "rl") for B in ("1", "4"))
+    run(train_cft, monkeypatch, tmp_path / "cft", "--teacher", teacher)
+    begun_with = torch.load(checkpoint(tmp_path / "cft", "cft"))["start"]
+    assert begun_with == files.checksum(torch.load(teacher)["model"])
+    message = refused(train_cft, monkeypatch, capsys, tmp_path / "other", "--teacher", student)
+    assert "another stage or vocabulary" in message
 
 
 def test_responses_of_another_teacher_are_decoded_anew(monkeypatch, tmp_path):
@@ -219,6 +235,54 @@ def test_a_killed_run_continues_to_the_very_same_weights(fast, monkeypatch, tmp_
         assert lines == log_of(killed, stage)
         assert [line["step"] for line in lines] == list(range(len(lines)))
         assert all(line["lr"] >= 0 for line in lines)
+
+
+def test_every_weight_has_one_optimiser_and_the_matrices_of_layers_have_muon(kind):
+    model = tiny_gpt(kind=kind)
+    muon, adamw = trainer.optimizers_of(model, 0.1)
+    assert type(muon) is torch.optim.Muon and type(adamw) is torch.optim.AdamW
+    names = {id(p): name for name, p in model.named_parameters()}
+    of_muon, of_adamw = ([names[id(p)] for group in optimizer.param_groups
+                          for p in group["params"]] for optimizer in (muon, adamw))
+    assert sorted(of_muon + of_adamw) == sorted(names.values())
+    matrices = {name for name, p in model.layers.named_parameters() if p.dim() == 2}
+    assert len(matrices) >= 2 * len(model.layers)
+    assert set(of_muon) == {f"layers.{name}" for name in matrices}
+    assert "embed.weight" in of_adamw
+
+
+def test_both_optimisers_take_the_rate_of_the_schedule_and_move_their_weights(
+        monkeypatch, tmp_path):
+    cfg = parse_args("", [*TINY, "--run_dir", str(tmp_path)])
+    world = trainer.load_world(cfg)
+    job = trainer.Run(cfg, "ar", files.new_model(cfg, world), world)
+    for step in job.steps():
+        before = [p.detach().clone() for p in job.model.parameters()]
+        job.update(sum((p ** 2).sum() for p in job.model.parameters()))
+        assert all(not torch.equal(a, b) for a, b in zip(before, job.model.parameters()))
+        rates = [group["lr"] for optimizer in job.optimizers for group in optimizer.param_groups]
+        assert rates == [job.lr_at(step)] * len(rates)
+
+
+def test_going_on_restores_both_optimisers_and_refuses_a_checkpoint_without(
+        monkeypatch, capsys, tmp_path):
+    kill_at(3, monkeypatch, train_ar, tmp_path)
+    path = checkpoint(tmp_path, "ar")
+    cfg = parse_args("", [*TINY, "--run_dir", str(tmp_path)])
+    world, saved = trainer.load_world(cfg), files.load_tensors(path)
+    job = trainer.Run(cfg, "ar", files.new_model(cfg, world), world)
+    fresh = trainer.optimizers_of(job.model, cfg.ar_lr)
+    assert len(job.optimizers) == len(saved["optimizers"]) == 2
+    for now, there, new in zip(job.optimizers, saved["optimizers"], fresh):
+        assert files.checksum(now.state_dict()) == files.checksum(there)
+        assert there["state"] and not new.state_dict()["state"]
+    # An older version had one optimiser.
+    saved["optimizer"] = saved.pop("optimizers")[1]
+    files.save_tensors(path, saved)
+    old = open(path, "rb").read()
+    message = refused(train_ar, monkeypatch, capsys, tmp_path)
+    assert f"{path} is of another version of trainer.py: delete it" in message
+    assert open(path, "rb").read() == old
 
 
 def test_a_stage_of_no_steps_hands_its_weights_on(monkeypatch, capsys, tmp_path):

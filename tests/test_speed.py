@@ -8,11 +8,11 @@ import torch
 import peers
 import speed
 import training
-from config import parse_args
 from conftest import close, left_padded, tiny_gpt, words
 from data import ANSWER, EOS, LABEL, PAD, PROFILE
 from fast.gpt import FastGPT
 from model import ar_decode, causal_hidden
+from plumbing.arguments import parse_args
 from sampler import Threshold, block_decode
 from trainer import load_world
 
@@ -216,7 +216,7 @@ def test_the_costs_of_a_step_are_measured_on_the_script_itself_and_leave_nothing
     found = training.costs(cfg, load_world(cfg), "ar")
     parts = list(found["parts"].values())
     assert parts == sorted(parts, reverse=True)
-    assert min(found["parts"][name] for name in ("forward", "backward", "optimiser")) > 0
+    assert min(found["parts"][name] for name in ("forward", "backward", "Muon", "AdamW")) > 0
     assert sum(parts) <= 1.05 * found["step"]  # medians, each of its own
     assert training.train_ar.causal_hidden is before and not list(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ import train_opd
 import train_rl
 import trainer
 from config import Config
-from conftest import close, left_padded, stream_hidden, tiny_gpt, words
+from conftest import close, left_padded, same_decode, stream_hidden, tiny_gpt, words
 from data import (ANSWER, EOS, LABEL, MASK, PAD, answer_labels, draw_batch, in_answer, tensors,
                   token_weights)
 from diffusion import replay_logp
@@ -72,9 +72,30 @@ def start(monkeypatch, stage, world, run):
     monkeypatch.setattr(stage, "Run", lambda cfg, name, model, world: run)
 
 
-def seven(cfg, model, prompt, response, rng):
+def seven(cfg, model, *rest):
     """Stands in for the CFT loss."""
     return 0 * model.embed.weight.sum() + 7.0
+
+
+def recorded(monkeypatch, stage):
+    """The roll-outs of a stage's module, as they are made: [(prompt, Decoded)]."""
+    written = []
+
+    def roll_out(cfg, model, prompt, *rest):
+        written.append((prompt, trainer.roll_out(cfg, model, prompt, *rest)))
+        return written[-1][1]
+
+    monkeypatch.setattr(stage, "roll_out", roll_out)
+    return written
+
+
+def taught_by(monkeypatch, stage, teacher):
+    """Makes the main function of a stage's module take this teacher."""
+    def load_stage(cfg, name, world):
+        assert name == "ar"
+        return teacher, None
+
+    monkeypatch.setattr(stage, "load_stage", load_stage)
 
 
 def block_hidden(model, prompt, clean, state, b):
@@ -315,7 +336,7 @@ def test_opd_loss_is_the_mean_divergence_over_what_is_masked_in_states_of_its_bl
         seed, prompt_seed, behind, more):
     student, teacher, B = tiny_gpt(seed), tiny_gpt(0), 4
     prompt = words(1, 3, seed=prompt_seed)
-    cfg = replace(CFG, block_size=B, opd_answer_states=more, answer_weight=1.0,
+    cfg = replace(CFG, block_size=B, answer_states=more, answer_weight=1.0,
                   opd_exclude=False)
     decoded = block_decode(student, prompt, 2 * B, B, Threshold(0.9))
     end = int((decoded.tokens[0] != PAD).sum())
@@ -361,7 +382,7 @@ def test_more_states_of_the_answer_weigh_as_one_and_answer_tokens_by_their_weigh
     weight = torch.tensor([1.0, 1, 1, 1, 1, 1, 5, 5])
     expected = (divergence(logits, target, CFG.opd_divergence) * weight).sum() / weight.sum()
     for n in (0, 3):
-        cfg = replace(CFG, block_size=4, answer_weight=5.0, opd_answer_states=n,
+        cfg = replace(CFG, block_size=4, answer_weight=5.0, answer_states=n,
                       opd_exclude=False)
         got = opd_loss(cfg, student, teacher, words(1, 3), decoded, gen())
         close(got, expected, atol=1e-6)
@@ -375,7 +396,7 @@ def test_labels_that_a_state_shows_are_no_target_of_its_masked_slots(kind):
     tokens = torch.tensor([[ANSWER, 3, 4, 5, 6, 8, 9, EOS]])
     steps = torch.tensor([[0, 0, 0, 0, 0, 1, 0, 1]])
     decoded = Decoded(tokens, tokens, steps, torch.zeros(1, 8), None)
-    cfg = replace(CFG, block_size=B, opd_answer_states=0, answer_weight=1.0, opd_divergence=kind)
+    cfg = replace(CFG, block_size=B, answer_states=0, answer_weight=1.0, opd_divergence=kind)
     target = teacher.logits(causal_hidden(teacher, prompt, tokens))[0]
     # The two states of the second block: what it shows, the slots scored, those of them without
     # the labels shown, these labels. Slot 4 is predicted from the clean text alone: once it
@@ -406,19 +427,14 @@ def test_labels_that_a_state_shows_are_no_target_of_its_masked_slots(kind):
 def test_an_opd_step_mixes_divergence_and_anchor_and_moves_the_student_only(monkeypatch, world):
     teacher = tiny_gpt(0, len(world.words))
     before = [p.clone() for p in teacher.parameters()]
-    monkeypatch.setattr(train_opd, "load_stage", lambda cfg, stage, world: (teacher, None))
+    taught_by(monkeypatch, train_opd, teacher)
     monkeypatch.setattr(train_cft, "cft_loss", seven)
-    written = []
-
-    def roll_out(cfg, model, prompt, max_len, tau, rng):
-        written.append((prompt, trainer.roll_out(cfg, model, prompt, max_len, tau, rng)))
-        return written[-1][1]
+    written = recorded(monkeypatch, train_opd)
 
     def distance(cfg, student):
         losses = [opd_loss(cfg, student, teacher, *written[-1], gen(seed)) for seed in range(5)]
         return sum(losses).item() / 5
 
-    monkeypatch.setattr(train_opd, "roll_out", roll_out)
     for anchor in (0.0, 2.0):
         run = SGD(tiny_gpt(3, len(world.words)), 5e-3)
         old = tiny_gpt(3, len(world.words))
@@ -432,6 +448,30 @@ def test_an_opd_step_mixes_divergence_and_anchor_and_moves_the_student_only(monk
         assert run.losses == pytest.approx([log["divergence"] + 7.0 * anchor])
         assert distance(cfg, run.model) < distance(cfg, old)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, teacher.parameters()))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_opd_decodes_one_response_a_prompt_as_it_is_served_and_draws_several(
+        monkeypatch, world, group):
+    model = tiny_gpt(3, len(world.words))
+    run, written = SGD(model, 0.0), recorded(monkeypatch, train_opd)
+    start(monkeypatch, train_opd, world, run)
+    taught_by(monkeypatch, train_opd, tiny_gpt(0, len(world.words)))
+    cfg = replace(CFG, batch_size=5, opd_group=group, opd_tau=0.9, tau=0.1, opd_anchor=0.0)
+    train_opd.main(cfg)
+    (prompt, decoded), = written
+    served, elsewhere = (trainer.decode(cfg, model, prompt, world.max_response, tau)
+                         for tau in (0.9, 0.1))
+    assert not torch.equal(served.commit_step, elsewhere.commit_step)  # opd_tau matters
+    rows = draw_batch(len(world.train), 5, trainer.rng_for(cfg, "opd", 0)).repeat(group)
+    assert torch.equal(prompt, tensors(world.train, rows, "cpu")[0]) and len(rows) == 5 * group
+    valid = trainer.valid_rate(decoded.tokens, world.train, rows)
+    assert run.logs[0]["rollout_valid"] == valid
+    if group == 1:
+        same_decode(decoded, served)
+    else:  # they differ, and from the greedy one
+        for drawn, best in zip(decoded.tokens.view(5, group, -1), served.tokens[::group]):
+            assert len(torch.cat((drawn, best[None])).unique(dim=0)) == group + 1
 
 
 # --- RL ---------------------------------------------------------------------------------------
@@ -540,7 +580,7 @@ def test_rl_adds_the_anchor_to_the_policy_loss():
     run, cfg = SGD(model, 0.0), replace(CFG, block_size=2, rl_epochs=1)
 
     def anchor():
-        return seven(cfg, model, None, None, None)
+        return seven(cfg, model)
 
     for weight in (0.0, 2.0):
         signs = [1.0, -1.0, -1.0, 1.0]
@@ -668,13 +708,7 @@ def with_rewards(monkeypatch, rewards):
 def test_groups_with_equal_rewards_make_no_update_and_do_not_dilute_others(monkeypatch, world):
     model = tiny_gpt(vocab=len(world.words))
     cfg = replace(CFG, rl_group=2, rl_prompts=2, rl_epochs=1, rl_anchor=0.0)
-    run, written = SGD(model, 0.0), []
-
-    def roll_out(cfg, model, prompt, max_len, tau, rng):
-        written.append((prompt, trainer.roll_out(cfg, model, prompt, max_len, tau, rng)))
-        return written[-1][1]
-
-    monkeypatch.setattr(train_rl, "roll_out", roll_out)
+    run, written = SGD(model, 0.0), recorded(monkeypatch, train_rl)
     start(monkeypatch, train_rl, world, run)
     with_rewards(monkeypatch, [[-1.0, -1.0], [0.5, 0.5]])
     train_rl.main(cfg)
@@ -725,6 +759,7 @@ def test_a_roll_out_groups_samples_of_a_prompt_and_rewards_the_rise_of_its_targe
     monkeypatch.setattr(train_rl, "update", lambda *args: updates.append(args) or {})
     run = SGD(tiny_gpt(vocab=len(world.words)))
     start(monkeypatch, train_rl, world, run)
+    taught_by(monkeypatch, train_rl, None)
     train_rl.main(cfg)
 
     prompt, log = writer.prompts[0], run.logs[0]
@@ -746,16 +781,28 @@ def test_a_roll_out_groups_samples_of_a_prompt_and_rewards_the_rise_of_its_targe
     assert log["signal"] == pytest.approx(differ.double().mean().item())
 
 
-def test_an_rl_step_draws_its_anchor_anew_in_every_update(monkeypatch, world):
-    batches, run = [], SGD(tiny_gpt(vocab=len(world.words)), 0.0)
+def test_the_anchor_of_rl_is_the_divergence_on_its_roll_outs_drawn_anew_in_every_update(
+        monkeypatch, world):
+    teacher, anchors = tiny_gpt(0, len(world.words)), []
+    run, written = SGD(tiny_gpt(3, len(world.words)), 0.0), recorded(monkeypatch, train_rl)
 
-    def loss(cfg, model, prompt, response, rng):
-        batches.append(response)
-        return seven(cfg, model, prompt, response, rng)
+    def loss(cfg, student, its_teacher, prompt, decoded, rng):
+        assert student is run.model and its_teacher is teacher
+        assert rng.initial_seed() == trainer.rng_for(cfg, "rl", 0).initial_seed()
+        anchors.append((prompt, decoded, opd_loss(cfg, student, teacher, prompt, decoded, rng)))
+        return anchors[-1][2]
 
-    monkeypatch.setattr(train_cft, "cft_loss", loss)
+    monkeypatch.setattr(train_rl, "opd_loss", loss)
     start(monkeypatch, train_rl, world, run)
-    with_rewards(monkeypatch, [[1.0, 0.0]])
-    train_rl.main(replace(CFG, rl_group=2, rl_prompts=1, rl_epochs=2, rl_anchor=2.0))
-    assert len(batches) == 2 and not torch.equal(batches[0], batches[1])
-    assert run.losses[0] == pytest.approx(run.logs[0]["policy_loss"] + 14.0)
+    taught_by(monkeypatch, train_rl, teacher)
+    with_rewards(monkeypatch, [[0.5, 0.5], [1.0, 0.0]])
+    train_rl.main(replace(CFG, rl_group=2, rl_prompts=2, rl_epochs=2, rl_anchor=2.0))
+    (prompt, decoded), = written
+    for its_prompt, its_decoded, _ in anchors:  # of the group that is trained on
+        assert torch.equal(its_prompt, prompt[2:])
+        same_decode(its_decoded, decoded.take(slice(2, 4)))
+    first, second = (anchor.item() for _, _, anchor in anchors)
+    assert first > 0.01 and abs(first - second) > 1e-6
+    policy = run.logs[0]["policy_loss"]  # the weights stay: of both updates
+    assert run.losses == pytest.approx([policy + 2 * first, policy + 2 * second])
+    assert all(p.grad is None for p in teacher.parameters())

@@ -20,8 +20,8 @@ import torch
 from conftest import ROOT  # which also sets the path to the modules
 from beauty.amazon import read_beauty
 from beauty.world import beauty_world, read_world
-from config import parse_args
 from make_beauty import make_beauty
+from plumbing.arguments import parse_args
 from plumbing.checkpoint import checkpoint_path, load_stage, new_model, save_run
 from plumbing.settings import UserError
 from plumbing.teacher import teacher_responses

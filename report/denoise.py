@@ -1,0 +1,177 @@
+"""A response to one user: what was written, when each token stood there, and what is wrong with it.
+
+Every forward of a decode is measured. So the terminal (show.py) and the page (html.py) can play
+the AR teacher and a student beside it on one clock: a token appears when its forward was done.
+"""
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data import ANSWER, CANDIDATES, EOS, LABEL, NONE, PAD, statements
+from model import ar_decode
+from sampler import NEVER, block_decode
+
+ROUNDS = 3  # every decode is timed so often
+
+
+# --- What was written, and when ---------------------------------------------------------------
+
+@dataclass
+class User:
+    """What a prompt and its reference say, for one user."""
+    words: list           # token -> word
+    n_labels: int
+    prompt: np.ndarray    # (P,) tokens
+    trace: np.ndarray     # (T,) tokens: what the rule writes, synonyms as their words
+    incoming: np.ndarray  # (K,) labels
+    target: int           # label, -1 if it is not in the list
+    plain: Callable       # World.plain
+
+    def text(self, part):
+        return " ".join(self.words[token] for token in part)
+
+    @property
+    def taken(self):
+        """The target's token, or None."""
+        return LABEL + self.target if self.target >= 0 else None
+
+    @property
+    def candidates(self):
+        """{label token: what the prompt shows of it, as tokens}"""
+        start = self.prompt.tolist().index(CANDIDATES) + 1
+        return {part[0]: part for part in statements(self.prompt[start:], self.n_labels)}
+
+    @property
+    def required(self):
+        """{label token or <profile>: the rule's statement about it}"""
+        return {part[0]: part for part in statements(self.trace, self.n_labels)}
+
+
+@dataclass
+class Written:
+    """One response, and when each of its tokens stood there."""
+    name: str
+    tokens: np.ndarray   # (R,) up to its [EOS]
+    step: np.ndarray     # (R,) the step of its block that committed it; 0 for AR
+    forward: np.ndarray  # (R,) the forward that wrote it
+    ends: np.ndarray     # (F,) milliseconds until each forward was done
+    block_size: int      # 0 for AR
+
+    @property
+    def at(self):
+        """(R,) milliseconds until each token stood there."""
+        return self.ends[self.forward]
+
+
+def printable(word):
+    """A word from the data: whatever would steer a terminal is shown as ?."""
+    return "".join(c if c.isprintable() else "?" for c in word)
+
+
+def user_of(world, n):
+    """Test user n of a world."""
+    split = world.test
+    words = [printable(word) for word in world.words]
+    return User(words, world.n_labels, split.prompt[n], world.plain(split.trace[n]),
+                split.incoming[n], int(split.target[n]), world.plain)
+
+
+def timed(model, write):
+    """write() -> what it returns, and the milliseconds (F,) until each forward of the model was
+    done: medians over rounds. A forward lasts until the next one begins."""
+    taken = []
+    for _ in range(ROUNDS):
+        starts = []
+        hook = model.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+        begin = time.perf_counter()
+        result = write()
+        end = time.perf_counter()
+        hook.remove()
+        taken.append(np.diff([begin, *starts[1:], end]))
+    return result, 1000 * np.median(taken, axis=0).cumsum()
+
+
+def ar_writes(model, prompt, max_len):
+    """A teacher's response to one prompt (1, P) -> Written."""
+    (tokens, _, forwards), ends = timed(model, lambda: ar_decode(model, prompt, max_len))
+    tokens = tokens[0, :int(forwards)].cpu().numpy()
+    return Written("ar", tokens, np.zeros(len(tokens), int), np.arange(len(tokens)), ends, 0)
+
+
+def student_writes(name, model, prompt, max_len, block_size, rule):
+    """A student's response to one prompt (1, P) -> Written."""
+    decoded, ends = timed(model, lambda: block_decode(model, prompt, max_len, block_size, rule))
+    step = decoded.commit_step[0].cpu().numpy()
+    tokens = decoded.tokens[0].cpu().numpy()
+    forward = forward_of(step, block_size)
+    length = int((tokens != PAD).sum())
+    return Written(name, tokens[:length], step[:length], forward[:length], ends, block_size)
+
+
+def forward_of(step, block_size):
+    """Commit steps (R,) within blocks -> the forward of the whole decode, -1 for slots that were
+    never committed. Every forward commits a slot, so the pairs of block and step count them."""
+    when = np.arange(len(step)) // block_size * NEVER + step
+    committed = step != NEVER
+    out = np.full(len(step), -1)
+    out[committed] = np.unique(when[committed], return_inverse=True)[1]
+    return out
+
+
+# --- What is wrong with it --------------------------------------------------------------------
+
+def checked(user, tokens):
+    """The statements of a response (R,): [(places, fault)]; fault: what is wrong, in words, or
+    None."""
+    place = iter(np.flatnonzero(tokens != NONE).tolist())  # empty places are in no statement
+    required, seen, out = user.required, set(), []
+    for part in statements(user.plain(tokens), user.n_labels):
+        about = part[0]
+        fault = None
+        if about not in required:
+            fault = "no such statement"
+        elif about in seen:
+            fault = f"{user.words[about]} again"
+        elif required[about] != part:
+            fault = f"right: {user.text(corrected(part, required[about]))}"
+        seen.add(about)
+        out.append(([next(place) for _ in part], fault))
+    return out
+
+
+def corrected(part, rule):
+    """The words of the rule's statement where another differs; all of it if lengths do."""
+    if len(part) != len(rule):
+        return rule
+    return [right for token, right in zip(part, rule) if token != right]
+
+
+def unsaid(user, tokens):
+    """What a response (R,) makes no statement about: [token]."""
+    said = {part[0] for part in statements(tokens, user.n_labels)}
+    return [about for about in user.required if about not in said]
+
+
+def answer_start(tokens):
+    """The place of <answer> in a response (R,); if there is none, of what follows the trace."""
+    for end in (ANSWER, EOS):
+        if end in tokens:
+            return tokens.tolist().index(end)
+    return len(tokens)
+
+
+def wrong_labels(user, tokens):
+    """Places of an answer that make it invalid: {place: the earlier place of the same label, or
+    None where the token is no label of the list}."""
+    listed = [LABEL + label for label in user.incoming if label >= 0]
+    first, out = {}, {}
+    for place in range(answer_start(tokens), len(tokens)):
+        token = int(tokens[place])
+        if token not in listed and token not in (ANSWER, EOS):
+            out[place] = None
+        elif token in first:
+            out[place] = first[token]
+        first.setdefault(token, place)
+    return out
