@@ -15,8 +15,8 @@ against controls of equal cost:
                                 validation users, as the control at its best
 
 Only then are the test users looked at. Every seed has a teacher of its own (--seed), unless
---teacher names one for all. Stopped runs go on. Writes regime_<regime>.json (claims) and .md (all
-curves) into the run's folder.
+--teacher names one for all. Stopped runs go on. Writes regime_<name>_<rule>.json (claims) and
+.md (all curves) into the run's folder.
 """
 import os
 import sys
@@ -52,7 +52,7 @@ MEASURED = ("valid", "strict ndcg@10", "strict recall@1", "served ndcg@10", "fai
             "one wording", "tokens", "forwards")
 MORE_CFT = 1.5  # steps of CFT that take the FLOPs of a step of OPD, without anchors
 MORE_OPD = 10   # steps of OPD that take the time of a roll-out of RL
-FORWARDS = {"toy": 46, "toy_": 46, "beau": 75}  # that a response takes the teacher, one after the other
+FORWARDS = {"toy": 46, "beauty": 75}  # that a response takes the teacher, one after the other
 MORE = 1.02  # forwards that a control may take, as a multiple of the stage's
 
 
@@ -60,7 +60,7 @@ MORE = 1.02  # forwards that a control may take, as a multiple of the stage's
 class Options:
     regime: Text() = "few_300"  # see REGIMES; few_<n>: CFT on n responses of the teacher
     seeds: Text() = "0,1,2"     # numbers with commas
-    only: Text() = ""           # names of students with commas: train and decode these, no claims
+    only: Text() = ""           # names of students with commas: these, and the claims among them
     into: Text() = ""           # a file of claims: these take the place of its older ones
 
 
@@ -118,7 +118,7 @@ def few(cfg, n):
         "more CFT misplaced": cft("CFT", **on_n, cft_steps=more, cft_misplace=0.31),
         "OPD same prompts": opd("CFT", **on_n, opd_prompts=n),
         "CFT as many forwards": cft(cft_steps=cfg.cft_steps + more,
-                                     cft_prompts=n + prompts // FORWARDS[cfg.world[:4]]),
+                                     cft_prompts=n + prompts // FORWARDS[cfg.world.split("_")[0]]),
         "CFT as many prompts": cft(cft_steps=cfg.cft_steps + more, cft_prompts=n + prompts),
         "RL": rl("OPD", **on_n),
         "more OPD": opd("OPD", **on_n, opd_steps=int(MORE_OPD * cfg.rl_steps))}
@@ -301,6 +301,8 @@ def claims_of(cfg, options, claim, curves):
     """The claims of one student, a control and metric each, as results/regimes.json has them."""
     ours, out = curves[claim.student], []
     for name in claim.controls:
+        if name not in curves:  # see --only
+            continue
         other = curves[name]
         for metric, (i, j, score_name) in points_compared(ours, other).items():
             out.append({
@@ -319,6 +321,8 @@ def command(options, cfg):
     changed = {name: value for name, value in overrides(cfg).items() if name not in elsewhere}
     words = ["python", "experiments/regimes.py", "--config", cfg.config, *arguments(changed),
              "--regime", options.regime, "--seeds", options.seeds]
+    if options.only:
+        words += ["--only", options.only]
     if cfg.teacher:  # runs/small/seed0/ar/checkpoint.pt
         words += ["--teacher", os.path.join("runs", *cfg.teacher.split(os.sep)[-4:])]
     return shlex.join(words)
@@ -377,17 +381,16 @@ def main(cfg, options):
             print(f"seed {seed}, {name}: done", flush=True)
     curves = {name: {split: np.stack([curve[split] for curve in of_name])
                      for split in ("val", "test")} for name, of_name in curves.items()}
-    text = table(curves)
-    if not options.only:
-        found = [line for claim in claims
-                 for line in claims_of(cfg, options, claim, curves)]
-        if options.into:
-            merge(options.into, found)
-        write_json(folder(cfg, f"regime_{options.regime}.json"), found)
-        write_text(folder(cfg, f"regime_{options.regime}.md"), text)
-        for line in found:
-            print(line["stage"], "-", line["control"], line["metric"], line["difference"])
-    print(text)
+    found = [line for claim in claims if claim.student in curves
+             for line in claims_of(cfg, options, claim, curves)]
+    name = f"{regime_name(cfg, options)}_{cfg.commit}"
+    write_json(folder(cfg, f"regime_{name}.json"), found)
+    write_text(folder(cfg, f"regime_{name}.md"), table(curves))
+    if options.into:
+        merge(options.into, found)
+    for line in found:
+        print(line["stage"], "-", line["control"], line["metric"], line["difference"])
+    print(table(curves))
 
 
 if __name__ == "__main__":
