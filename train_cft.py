@@ -1,7 +1,7 @@
 """Stage 2, CFT: conversion fine-tuning turns the AR teacher into a block-diffusion model.
 
-    python train_cft.py --config toy      # 8 minutes on 2 CPU cores; expect .999 valid
-    python train_cft.py --config small    # Amazon Beauty, about 45 minutes; expect .9997 valid
+    python train_cft.py --config toy    # 4 minutes on 2 CPU cores; expect .999 valid
+    python train_cft.py --config small  # Amazon Beauty
 
 From the teacher's weights, the masked-diffusion loss on the paper's training text: reasoning
 traces and reference answers. Tokens written at once are chosen independently, so the text must be
@@ -67,7 +67,7 @@ def draw_states(cfg, response, filled, rng):
 
 
 def cft_loss(cfg, model, prompt, response, rng):
-    """The masked-diffusion loss in nats a token, a scalar; also the anchor of OPD and RL.
+    """The masked-diffusion loss in nats a token, a scalar; also OPD's anchor.
 
     -log p(y) <= sum over blocks of -log p(first token | clean past)
                             + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
@@ -112,7 +112,7 @@ def cft_loss(cfg, model, prompt, response, rng):
 
 
 def anchor_loss(cfg, world, model, responses, rng):
-    """Ours: the CFT loss of a batch of its own, kept in the mix by OPD and RL."""
+    """Ours: the CFT loss of a batch of its own, kept in the mix by OPD."""
     prompt, response = cft_batch(cfg, world, responses, rng)
     return cft_loss(cfg, model, prompt, response, rng)
 

@@ -1,7 +1,7 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects it.
 
     python train_opd.py --config toy_few  # after CFT on 300 responses: 3 minutes on 2 CPU cores
-    python train_opd.py --config toy      # after CFT on all text it has little to do: 1 minute
+    python train_opd.py --config toy      # after CFT on all text; it has little to do
 
 CFT shows states made by random masks over the training text. While it decodes, a student meets
 others, made by its own choices. So the student decodes, and in states that it met its
@@ -81,7 +81,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
 
     # 1. Draw a state of each block, and see it as the sampler did.
     block = every_block(tokens, B)                                # (N, M)
-    extra = answer_blocks(tokens, B, cfg.answer_states)       # ours: more of the answer
+    extra = answer_blocks(tokens, B, cfg.answer_states)          # ours: more of the answer
     block = torch.cat((block, extra), dim=1)                      # ours
     step = draw_steps(decoded, block, B, rng)
     noised, open_ = decode_states(decoded, block, step, B)        # (N, M, B)
@@ -92,7 +92,7 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     scored = real & (slot0 | open_)
     weight = token_weights(tokens, cfg.answer_weight)             # (N, R)
     weight = take_blocks(weight, block, B)                        # (N, M, B)
-    if cfg.answer_states:                                     # ours
+    if cfg.answer_states:                                         # ours
         weight = weight * state_weights(block, scored, real)      # (N, M, 1)
     weight = weight[scored]                                       # (n,)
 

@@ -1,8 +1,6 @@
 """Stage 4, RL: GRPO with DAPO's corrections, on a re-ranking reward.
 
-    python train_rl.py --config toy      # 45 seconds on 2 CPU cores
-    python train_rl.py --config small    # Amazon Beauty, 7 minutes on 1 CPU core
-                                         # expect valid and ranking as they were
+    python train_rl.py --config toy  # a minute on 2 CPU cores; expect valid and ranking as before
 
 The student samples a group of responses to each prompt; the reward says how far the true target
 rose. Log-probabilities are replayed in the very states in which tokens were committed, so that

@@ -103,13 +103,15 @@ def ar(block_size):
 def few(cfg, n):
     """CFT on n responses of the teacher; then OPD on fresh prompts; then RL: presets *_few.
 
-    Controls of OPD, all of its FLOPs: CFT for longer; the same with misplaced labels (ours); OPD
-    on the prompts of the responses; CFT with as many further responses as the teacher could write
-    in its forwards for OPD, one a prompt. "CFT as many prompts" has a response for each prompt
-    of OPD: a bound, not a control, as it takes the teacher many times as many forwards.
-    Control of RL: OPD for as long."""
+    Controls of OPD, all of its FLOPs: CFT for longer; OPD on the prompts of the responses; CFT with
+    as many further responses as the teacher could write in its forwards for OPD, one a prompt. As
+    longer is worse where responses are learned by heart, that one also for as many epochs as CFT
+    takes. "CFT as many prompts" has a response for each prompt of OPD: a bound, not a control, as
+    it takes the teacher many times as many forwards. Control of RL: OPD for as long."""
     prompts = cfg.opd_steps * cfg.batch_size
     more = int(MORE_CFT * cfg.opd_steps)
+    longer = cfg.cft_steps + more
+    written = n + prompts // FORWARDS[cfg.world.split("_")[0]]
     on_n = dict(cft_prompts=n)
     students = {
         "CFT": cft(**on_n),
@@ -117,14 +119,16 @@ def few(cfg, n):
         "more CFT": cft("CFT", **on_n, cft_steps=more),
         "more CFT misplaced": cft("CFT", **on_n, cft_steps=more, cft_misplace=0.31),
         "OPD same prompts": opd("CFT", **on_n, opd_prompts=n),
-        "CFT as many forwards": cft(cft_steps=cfg.cft_steps + more,
-                                     cft_prompts=n + prompts // FORWARDS[cfg.world.split("_")[0]]),
-        "CFT as many prompts": cft(cft_steps=cfg.cft_steps + more, cft_prompts=n + prompts),
+        "CFT as many forwards": cft(cft_prompts=written,
+                                    cft_steps=min(longer, cfg.cft_steps * written // n)),
+        "CFT as many forwards longer": cft(cft_prompts=written, cft_steps=longer),
+        "CFT as many prompts": cft(cft_prompts=n + prompts, cft_steps=longer),
         "RL": rl("OPD", **on_n),
         "more OPD": opd("OPD", **on_n, opd_steps=int(MORE_OPD * cfg.rl_steps))}
     claims = [
         Claim("OPD", ("CFT", "more CFT", "more CFT misplaced", "OPD same prompts",
-                      "CFT as many forwards", "CFT as many prompts")),
+                      "CFT as many forwards", "CFT as many forwards longer",
+                      "CFT as many prompts")),
         Claim("RL", ("OPD", "more OPD"))]
     return students, claims
 

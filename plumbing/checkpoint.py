@@ -283,13 +283,15 @@ def resume(run):
         raise UserError(f"{run.path} was begun from other weights (--teacher, --init or the stage "
                         "before has changed): name those again, or use another --run_dir, or "
                         "delete it")
+    run.first, run.seconds, run.finished = state["step"], state["seconds"], state["finished"]
+    load_weights(run.path, state, run.model)
+    if run.finished:
+        return
     if "optimizers" not in state:
         raise UserError(f"{run.path} is of another version of trainer.py: delete it and train "
                         "again")
-    load_weights(run.path, state, run.model)
     for optimizer, saved in zip(run.optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
-    run.first, run.seconds, run.finished = state["step"], state["seconds"], state["finished"]
 
 
 def save_run(run, done):

@@ -109,14 +109,17 @@ def peers(speed, header, names):
             for name in names for ours, ratio, same in [rows[name]]]
 
 
-def claims(found, where, header, names):
-    """A row a pair of students of a regime, "OPD − more CFT": differences, by the file's metrics.
-    where: "few_300 on toy_few"."""
-    regime, _, config = where.partition(" on ")
-    mine = {(c["stage"], c["control"], c["metric"]): c["difference"] for c in found
-            if c["regime"] == regime and c["config"] == config}
-    return [[name] + [interval(mine.get((*name.split(" − "), METRIC_OF.get(column, column))))
-                      for column in header[1:]] for name in names]
+def claims(found, regime, header, names):
+    """A row a preset and a pair of students, "toy_few: OPD − more CFT": what a regime's claims in
+    regimes.json say of the column's metric."""
+    mine = {(c["config"], c["stage"], c["control"], c["metric"]): c["difference"] for c in found
+            if c["regime"] == regime}
+    rows = []
+    for name in names:
+        key = *name.split(": ")[:1], *name.split(": ")[1].split(" − ")
+        rows.append([name] + [interval(mine.get((*key, METRIC_OF.get(column, column))))
+                              for column in header[1:]])
+    return rows
 
 
 METRIC_OF = {"N@10": "ndcg@10 strict", "forwards": "forwards at equal quality"}
@@ -154,7 +157,7 @@ def filled(page):
         path = linked(page, source[1])
         lines = blocks[i + 2].split("\n")
         header, rows = cells(lines[0]), [cells(line) for line in lines[2:] if line.startswith("|")]
-        if source[2] and " on " in source[2]:
+        if source[2] and source[2] not in TABLES:
             rows = claims(json.loads(read(path)), source[2], header, [row[0] for row in rows])
         elif source[2]:
             rows = TABLES[source[2]](json.loads(read(path)), header, [row[0] for row in rows])
