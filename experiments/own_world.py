@@ -1,19 +1,19 @@
-"""Your own data as a world: a page to copy and change. All stages on it, and the table:
+"""Your own data as a world: a page to copy and to change. Trains all stages, prints their table:
 
     python experiments/own_world.py --data_dir my/data --config toy
 
-my/data/sequences.txt has a user a line: an id, then the ids of the items in time order. The last
-item is the test target, the one before it the validation target, the others are for training.
+my/data/sequences.txt has a user a line: an id, then item ids in time order. The last item is the
+test target, the one before it the validation target; those before are for training.
 
     prompt   <history> pop:5 pop:2 pop:4  <candidates> L1 1st:1 2nd:0 3rd:1 pop:3  L2 1st:2 ...
     trace    <profile> pop:5  L1 best:1 links:2 pop:3  L2 best:2 links:1 pop:4
     answer   <answer> L2 L1 [EOS]
 
-1st, 2nd, 3rd: how many users have both the candidate and the user's last item, the one before it,
-the one before that. pop: how many have the item. Numbers are levels: 0, 1-2, 3-6, 7-14, ... are
-0, 1, 2, 3, ... A trace sums up: the best of the three, how many are links, the user's most popular
-item. The reference order is a learned scorer's: each word of a trace has points, and a candidate
-has the sum of its words'. Type the command again to go on; all is in <run_dir>/own/<config>/.
+1st, 2nd, 3rd: how many users have both the candidate and the last item of the history, or the one
+before it, or the one before that; pop: how many have the item. Levels 0, 1, 2, 3, ... stand for 0,
+1-2, 3-6, 7-14, ... users. A trace sums up: the best level, how many levels are not 0, the highest
+pop of the history. The reference order is a learned scorer's: each word of a trace has points.
+All is written to <run_dir>/own/<config>/; the command, typed again, goes on there.
 """
 import os
 import sys
@@ -23,73 +23,99 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from plumbing.script import script  # noqa: E402  first: it sets how threads wait
 
 import dataclasses  # noqa: E402
-
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 import evaluate, train_ar, train_cft, train_opd, train_rl, trainer  # noqa: E401, E402
 from beauty.amazon import read_lines, read_sequences  # noqa: E402
 from beauty.prerank import FOLDS, Counts, Histories, check_size, top_candidates  # noqa: E402
-from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, World,  # noqa: E402
-                  draw_list_lengths, responses)
+from data import CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, World  # noqa: E402
 from plumbing.checkpoint import checksum  # noqa: E402
 from plumbing.settings import UserError  # noqa: E402
 
-LEVELS = {"1st": 4, "2nd": 4, "3rd": 4, "best": 4, "links": 4, "pop": 8}  # word -> its numbers
+WORDS, LEVELS = ("1st", "2nd", "3rd", "best", "links", "pop"), 8  # evidence: 1st:0, ..., pop:7
 
 
-def level(n, word):
-    return np.log2(n + 1).astype(int).clip(max=LEVELS[word] - 1)
-
-
-def find(cfg, words, counts, sequences, user, length):
-    """Candidates after the first length (N,) items of users (N,), as tokens: name -> (N, ...)."""
+def find(cfg, counts, sequences, user, length):
+    """Lists after the first length (N,) items of users (N,): the fields of a Split, unordered."""
+    def level(n):
+        return np.log2(n + 1).astype(int).clip(max=LEVELS - 1)
     start = np.cumsum([0, *map(len, sequences)])[user]
     histories = Histories(np.concatenate(sequences), start, length)
-    cands = top_candidates(counts, histories)[:, :cfg.n_candidates]    # (N, K)
-    hit = cands == histories.flat[start + length][:, None]             # is it the next item?
-    last = histories.recent(3)                                         # (N, 3), -1: none
-    both = counts.C.numpy()[last[:, :, None], cands[:, None]]          # (N, 3, K)
-    links = level(both * (last >= 0)[:, :, None], "best")
-    say = {word: words.index(f"{word}:0") for word in LEVELS}          # the token of its 0
-    label = np.broadcast_to(LABEL + np.arange(cfg.n_candidates), cands.shape)
-    pop = say["pop"] + level(counts.cnt, "pop")                        # of all items
-    shown = [say[word] + links[:, i] for i, word in enumerate(("1st", "2nd", "3rd"))]
-    stated = [say["best"] + links.max(1), say["links"] + (links > 0).sum(1)]
-    return {"target": np.where(hit.any(1), hit.argmax(1), -1),
-            "history": np.where(last >= 0, pop[last], NONE),
-            "prompt": np.stack([label, *shown, pop[cands]], -1),       # (N, K, 5)
-            "trace": np.stack([label, *stated, pop[cands]], -1)}       # (N, K, 4)
+    items = top_candidates(counts, histories)[:, :cfg.n_candidates]  # (N, K)
+    hit = items == histories.flat[start + length][:, None]           # is it the next item?
+    last = histories.recent(3)                                       # (N, 3) items, -1: none
+    both = counts.C.numpy()[last[..., None], items[:, None]]         # (N, 3, K) users
+    links = level(both * (last >= 0)[..., None])
+    zero = {word: LABEL + cfg.n_labels + LEVELS * i for i, word in enumerate(WORDS)}
+    pop = zero["pop"] + level(counts.cnt)                            # a token for every item
+    history = np.where(last >= 0, pop[last], NONE)
+    place = np.broadcast_to(np.arange(items.shape[1]), items.shape)
+    three = [zero[word] + links[:, i] for i, word in enumerate(WORDS[:3])]
+    sums = [zero["best"] + links.max(1), zero["links"] + (links > 0).sum(1)]
+    shown = np.dstack((LABEL + place, *three, pop[items]))           # (N, K, 5) tokens
+    stated = np.dstack((LABEL + place, *sums, pop[items]))           # (N, K, 4)
+    one = np.ones((len(user), 1), int)
+    prompt = np.hstack((one * HISTORY, history, one * CANDIDATES, *shown.swapaxes(0, 1)))
+    trace = np.hstack((one * PROFILE, history.max(1, keepdims=True), *stated.swapaxes(0, 1)))
+    return prompt, trace, place, np.where(hit.any(1), hit.argmax(1), -1), place
 
 
-def train_lists(cfg, words, counts, sequences):
-    """All training examples. Counts that know the user know the target: others' are taken."""
-    parts, everyone = [], np.arange(len(sequences))
-    for fold in range(FOLDS):
-        users = everyone[fold::FOLDS]
-        n = [len(sequences[i]) - 3 for i in users]                     # the last 2 are no targets
-        length = np.concatenate([np.arange(1, m + 1) for m in n])
-        with counts.without(fold):                                     # without these users
-            parts.append(find(cfg, words, counts, sequences, users.repeat(n), length))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def learn_points(trace, target, n_words):
-    """Points of each word, whole numbers: too few of them to learn a user by heart."""
-    points = torch.zeros(n_words, dtype=torch.double, requires_grad=True)
+def put_in_order(splits, n_words):
+    """Learns the words' points from the targets of the first split, and orders all splits by them."""
+    said = [torch.from_numpy(s.trace[:, 2:].reshape(*s.order.shape, 4)) for s in splits]  # (N, K, 4)
+    target = torch.from_numpy(splits[0].target)
+    points = torch.zeros(n_words, dtype=torch.double, requires_grad=True)  # too few to know a user
     optimizer = torch.optim.Adam([points], 0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        F.cross_entropy(points[trace].sum(-1), torch.from_numpy(target)).backward()
+        nats = torch.nn.functional.cross_entropy(points[said[0]].sum(-1), target, ignore_index=-1)
+        nats.backward()
         optimizer.step()
-    return (100 * points.detach()).round().numpy()
+    for split, words in zip(splits, said):
+        score = (100 * points.detach()).round()[words].sum(-1)       # the same on any machine
+        split.order = (-score).argsort(dim=1, stable=True).numpy()
 
 
-def write(lists, points, length):
-    """The lists, cut to length (N,) candidates each, as a Split."""
-    place = np.arange(lists["trace"].shape[1])
-    listed, history = place < length[:, None], lists["history"]
-    def text(start, *parts):
-        return np.insert(np.concatenate(parts, 1), 0, start, axis=1).astype(np.int16)
-    ...
+def own_world(cfg):
+    path, rng = os.path.join(cfg.data_dir, "sequences.txt"), np.random.default_rng(0)
+    ids = sorted({item for _, line in read_lines(path) for item in line.split()[1:]})
+    # Shuffled: ids may be numbered by first appearance, and tell what was bought together.
+    index = dict(zip(ids, rng.permutation(len(ids))))
+    sequences = [np.array(s) for s in read_sequences(path, index) if len(s) >= 3]
+    check_size(sequences or [()], len(ids))
+    counts = Counts(sequences, len(ids), 2)  # of all but each user's last two items: the targets
+    n, everyone, parts = np.array([len(s) for s in sequences]), np.arange(len(sequences)), []
+    for fold in range(FOLDS):  # training targets are counted: only other users' counts are used
+        users = everyone[fold::FOLDS]
+        length = np.concatenate([np.arange(1, m - 2) for m in n[users]])
+        with counts.without(fold):
+            parts.append(find(cfg, counts, sequences, users.repeat(n[users] - 3), length))
+    train = map(np.concatenate, zip(*parts))
+    val, test = (find(cfg, counts, sequences, everyone, n - cut) for cut in (2, 1))
+    splits = []
+    for fields, most in ((train, cfg.n_train), (val, cfg.n_val), (test, cfg.n_test)):
+        split = Split(*fields)
+        hits = np.flatnonzero(split.target >= 0)  # who has no target can be learned from alone
+        if not len(hits):
+            raise UserError(f"{path} is too small: no candidate is the next item; use more users")
+        splits.append(split.take(rng.permutation(hits if splits else len(split))[:most]))
+    words = SPECIAL + [f"L{i + 1}" for i in range(cfg.n_labels)]
+    words += [f"{word}:{i}" for word in WORDS for i in range(LEVELS)]
+    put_in_order(splits, len(words))
+    content = checksum([torch.from_numpy(x) for x in (*sequences, *vars(splits[0]).values())])
+    return World(words, cfg.n_labels, *splits, path, {"users": len(n)}, checksum=content)
+
+
+def main(cfg, options):
+    cfg = dataclasses.replace(cfg, run_dir=os.path.join(cfg.run_dir, "own"), world="own")
+    world, make_report = own_world(cfg), evaluate.make_report
+    trainer.beauty_world = lambda cfg: world  # what load_world takes for any world but the toy
+    evaluate.make_report = lambda *args: {**make_report(*args), "dataset": "own data"}
+    for stage in (train_ar, train_cft, train_opd, train_rl):
+        stage.main(cfg)
+    evaluate.main(cfg, options)
+
+
+if __name__ == "__main__":
+    script(main, __doc__, evaluate.Options)

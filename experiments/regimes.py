@@ -48,11 +48,14 @@ from sampler import block_decode  # noqa: E402
 from trainer import decode_split, load_world, rule_of  # noqa: E402
 
 TAUS = (0.3, 0.5, 0.9)
+FINER = (0.2, 0.3, 0.4, 0.5, 0.7, 0.9)  # where few forwards are the point
 MEASURED = ("valid", "strict ndcg@10", "strict recall@1", "served ndcg@10", "faithful",
             "one wording", "tokens", "forwards")
 MORE_CFT = 1.5  # steps of CFT that take the FLOPs of a step of OPD, without anchors
 MORE_OPD = 10   # steps of OPD that take the time of a roll-out of RL
 FORWARDS = {"toy": 46, "beauty": 75}  # that a response takes the teacher, one after the other
+MOST = 3.5      # forwards that the regime "parallel" allows for the three blocks of the toy
+PARALLEL_CFT, PARALLEL_OPD = 800, 600  # steps that take the time of its 100 roll-outs of RL
 MORE = 1.02  # forwards that a control may take, as a multiple of the stage's
 
 
@@ -76,9 +79,11 @@ class Student:
 
 @dataclass(frozen=True)
 class Claim:
-    """A student that should be better than its controls, all of equal cost."""
+    """A student that should be better than its controls, all of equal cost; where only so many
+    forwards are allowed, if `most` says so."""
     student: str
     controls: tuple
+    most: float = np.inf
 
 
 # --- The regimes ------------------------------------------------------------------------------
@@ -164,7 +169,24 @@ def wording(cfg):
                       for kind in ("forward", "jsd", "reverse")]
 
 
-REGIMES = {"paper": paper, "wording": wording}
+def parallel(cfg):
+    """Decoding more parallel than training: three blocks in hardly more than three forwards, by
+    the paper's rule. Run it with --commit threshold.
+
+    Marginals may be right and the answer wrong: slots that are drawn at once collide, whatever
+    the text they learned from. Controls of RL, as long as it takes: CFT; OPD, whose roll-outs are
+    as fast."""
+    fast = dict(opd_tau=0.5, rl_tau=0.5)
+    students = {
+        "CFT": cft(cft_steps=600),
+        "RL": rl("CFT", **fast, rl_lr=5e-4, rl_steps=100),
+        "more CFT": cft("CFT", cft_steps=PARALLEL_CFT),
+        "OPD": opd("CFT", **fast, opd_anchor=0.0, opd_lr=5e-4, opd_steps=PARALLEL_OPD)}
+    return students, [Claim("RL", ("CFT", "more CFT", "OPD"), MOST),
+                      Claim("OPD", ("CFT", "more CFT"), MOST)]
+
+
+REGIMES = {"paper": paper, "wording": wording, "parallel": parallel}
 
 
 # --- Training and decoding --------------------------------------------------------------------
@@ -234,19 +256,20 @@ def decoded_at(cfg, world, split, model, tau):
     return np.stack([scores[name] for name in MEASURED])
 
 
-def points(cfg, world, student):
+def points(cfg, world, student, taus=TAUS):
     """What a finished student reaches: {"val", "test": (taus, len(MEASURED), N)}."""
     path = points_path(cfg, student)
-    if not os.path.exists(path):
+    found = load_tensors(path) if os.path.exists(path) else {}
+    missing = [tau for tau in taus if f"test {tau}" not in found]
+    if missing:
         model, _ = load_stage(cfg, student.stage, world)
-        found = {}
-        for name in ("val", "test"):
-            split = getattr(world, name)
-            curve = [decoded_at(cfg, world, split, model, tau) for tau in TAUS]
-            found[name] = torch.from_numpy(np.stack(curve))
+        for tau in missing:
+            for name in ("val", "test"):
+                scores = decoded_at(cfg, world, getattr(world, name), model, tau)
+                found[f"{name} {tau}"] = torch.from_numpy(scores)
         save_tensors(path, found)
-    saved = load_tensors(path)
-    return {name: saved[name].numpy() for name in ("val", "test")}
+    return {name: np.stack([found[f"{name} {tau}"].numpy() for tau in taus])
+            for name in ("val", "test")}
 
 
 # --- Claims -----------------------------------------------------------------------------------
@@ -277,9 +300,9 @@ def difference(ours, i, other, j, name):
     return paired_interval(ours["test"][:, i, row] - other["test"][:, j, row])[0]
 
 
-def points_compared(ours, other):
+def points_compared(ours, other, most=np.inf):
     """{metric: (threshold of the stage, of the control, score)}, chosen on validation users."""
-    best_ours, best_other = best(ours), best(other)
+    best_ours, best_other = best(ours, most), best(other, most)
     within = best(other, MORE * means(ours["val"], "forwards")[best_ours])
     found = {
         "ndcg@10 strict": (best_ours, within, "strict ndcg@10"),
@@ -293,7 +316,7 @@ def points_compared(ours, other):
 def at(curve, number):
     """The scores of a student at a threshold, means over seeds and test users."""
     scores = {name: round(float(means(curve["test"], name)[number]), 4) for name in MEASURED}
-    return {"tau": TAUS[number], **scores}
+    return {"tau": curve["taus"][number], **scores}
 
 
 def regime_name(cfg, options):
@@ -308,7 +331,7 @@ def claims_of(cfg, options, claim, curves):
         if name not in curves:  # see --only
             continue
         other = curves[name]
-        for metric, (i, j, score_name) in points_compared(ours, other).items():
+        for metric, (i, j, score_name) in points_compared(ours, other, claim.most).items():
             out.append({
                 "regime": regime_name(cfg, options), "config": cfg.config, "stage": claim.student,
                 "control": name, "metric": metric, "forwards": at(ours, i)["forwards"],
@@ -334,8 +357,9 @@ def command(options, cfg):
 
 def table(curves):
     """All curves, means over seeds of the test users, as Markdown."""
-    lines = ["| student | " + " | ".join(f"τ = {tau}" for tau in TAUS) + " |",
-             "|---" * (1 + len(TAUS)) + "|"]
+    taus = next(iter(curves.values()))["taus"]
+    lines = ["| student | " + " | ".join(f"τ = {tau}" for tau in taus) + " |",
+             "|---" * (1 + len(taus)) + "|"]
     for name, curve in curves.items():
         shown = zip(*(means(curve["test"], score)
                       for score in ("forwards", "valid", "strict ndcg@10")))
@@ -376,15 +400,17 @@ def main(cfg, options):
                         f"{', '.join(students)}")
     seeds = finished_seeds(cfg, options.seeds)
     world = load_world(cfg)
+    taus = FINER if options.regime == "parallel" else TAUS
     curves = {}
     for seed in seeds:
         of_seed = dataclasses.replace(cfg, seed=seed)
         for name in chosen:
             own = trained(of_seed, options.regime, students, name)
-            curves.setdefault(name, []).append(points(own, world, students[name]))
+            curves.setdefault(name, []).append(points(own, world, students[name], taus))
             print(f"seed {seed}, {name}: done", flush=True)
-    curves = {name: {split: np.stack([curve[split] for curve in of_name])
-                     for split in ("val", "test")} for name, of_name in curves.items()}
+    curves = {name: {"taus": taus} | {split: np.stack([curve[split] for curve in of_name])
+                                      for split in ("val", "test")}
+              for name, of_name in curves.items()}
     found = [line for claim in claims if claim.student in curves
              for line in claims_of(cfg, options, claim, curves)]
     name = f"{regime_name(cfg, options)}_{cfg.commit}"

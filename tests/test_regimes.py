@@ -35,7 +35,7 @@ NDCG, VALID, FORWARDS = (regimes.MEASURED.index(name)
 def curve(val, test=None, seeds=2, users=60):
     """A student as main has it, from its means at each threshold: (forwards, N@10, valid) of the
     validation users, and of the test users, whose numbers differ."""
-    out = {}
+    out = {"taus": TAUS}
     for name, means, n in (("val", val, users), ("test", test or val, 2 * users)):
         out[name] = np.zeros((seeds, len(means), len(regimes.MEASURED), n))
         sign = np.where(np.arange(n) % 2, 1, -1)                  # users differ, the mean stays
@@ -116,12 +116,12 @@ def test_a_stage_and_its_controls_are_compared_where_the_validation_users_say():
 def test_test_users_choose_nothing():
     rng, moved = np.random.default_rng(0), 0
     for _ in range(20):
-        curves = {name: {split: rng.random((2, len(TAUS), len(regimes.MEASURED), 60))
-                         for split in ("val", "test")} for name in ("ours", "a", "b")}
-        other = {name: {"val": both["val"], "test": rng.random(both["test"].shape)}
+        curves = {name: {"taus": TAUS} | {
+            split: rng.random((2, len(TAUS), len(regimes.MEASURED), 60))
+            for split in ("val", "test")} for name in ("ours", "a", "b")}
+        other = {name: {**both, "test": rng.random(both["test"].shape)}
                  for name, both in curves.items()}
-        swapped = {name: {"val": both["test"], "test": both["test"]}
-                   for name, both in curves.items()}
+        swapped = {name: {**both, "val": both["test"]} for name, both in curves.items()}
         before, after = claims(curves), claims(other)
         assert thresholds(before) == thresholds(after)
         assert all(before[key]["difference"] != after[key]["difference"] for key in before)
@@ -222,6 +222,7 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
     monkeypatch.setattr(regimes, "TAUS", (0.5, 0.9))
+    monkeypatch.setattr(regimes.points, "__defaults__", ((0.5, 0.9),))
     monkeypatch.setitem(regimes.REGIMES, "tiny", tiny_regime)
     return calls
 
