@@ -1,6 +1,6 @@
 """Your own data as a world: a page to copy and to change. Trains all stages, prints their table:
 
-    python experiments/own_world.py --data_dir my/data --config toy
+    python experiments/own_world.py --data_dir my/data --config toy    # typed again, it goes on
 
 my/data/sequences.txt has a user a line: an id, then item ids in time order. The last item is the
 test target, the one before it the validation target; those before are for training.
@@ -9,11 +9,10 @@ test target, the one before it the validation target; those before are for train
     trace    <profile> pop:5  L1 best:1 links:2 pop:3  L2 best:2 links:1 pop:4
     answer   <answer> L2 L1 [EOS]
 
-1st, 2nd, 3rd: how many users have both the candidate and the last item of the history, or the one
-before it, or the one before that; pop: how many have the item. Levels 0, 1, 2, 3, ... stand for 0,
-1-2, 3-6, 7-14, ... users. A trace sums up: the best level, how many levels are not 0, the highest
-pop of the history. The reference order is a learned scorer's: each word of a trace has points.
-All is written to <run_dir>/own/<config>/; the command, typed again, goes on there.
+1st, 2nd, 3rd: how many users have both the candidate and the last item of the history, the one
+before, the one before that; pop: how many have the item. Levels 0, 1, 2, 3, ... are 0, 1-2, 3-6,
+7-14, ... users. A trace sums up: the best level, how many are not 0, the history's highest pop.
+The reference order is a learned scorer's: each word of a trace has points. (In runs/own/toy/.)
 """
 import os
 import sys
@@ -36,13 +35,13 @@ from plumbing.settings import UserError  # noqa: E402
 WORDS, LEVELS = ("1st", "2nd", "3rd", "best", "links", "pop"), 8  # evidence: 1st:0, ..., pop:7
 
 
-def find(cfg, counts, sequences, user, length):
+def find(cfg, older, counts, sequences, user, length):
     """Lists after the first length (N,) items of users (N,): the fields of a Split, unordered."""
     def level(n):
         return np.log2(n + 1).astype(int).clip(max=LEVELS - 1)
     start = np.cumsum([0, *map(len, sequences)])[user]
     histories = Histories(np.concatenate(sequences), start, length)
-    items = top_candidates(counts, histories)[:, :cfg.n_candidates]  # (N, K)
+    items = top_candidates(older, histories)[:, :cfg.n_candidates]   # (N, K)
     hit = items == histories.flat[start + length][:, None]           # is it the next item?
     last = histories.recent(3)                                       # (N, 3) items, -1: none
     both = counts.C.numpy()[last[..., None], items[:, None]]         # (N, 3, K) users
@@ -62,8 +61,8 @@ def find(cfg, counts, sequences, user, length):
 
 
 def put_in_order(splits, n_words):
-    """Learns the words' points from the targets of the first split, and orders all splits by them."""
-    said = [torch.from_numpy(s.trace[:, 2:].reshape(*s.order.shape, 4)) for s in splits]  # (N, K, 4)
+    """Learns points of words from the targets of the first split; orders all splits by them."""
+    said = [torch.from_numpy(s.trace[:, 2:].reshape(*s.order.shape, 4)) for s in splits]
     target = torch.from_numpy(splits[0].target)
     points = torch.zeros(n_words, dtype=torch.double, requires_grad=True)  # too few to know a user
     optimizer = torch.optim.Adam([points], 0.05)
@@ -73,30 +72,30 @@ def put_in_order(splits, n_words):
         nats.backward()
         optimizer.step()
     for split, words in zip(splits, said):
-        score = (100 * points.detach()).round()[words].sum(-1)       # the same on any machine
+        score = (100 * points.detach()).round()[words].sum(-1)       # (N, K), whole numbers
         split.order = (-score).argsort(dim=1, stable=True).numpy()
 
 
 def own_world(cfg):
     path, rng = os.path.join(cfg.data_dir, "sequences.txt"), np.random.default_rng(0)
     ids = sorted({item for _, line in read_lines(path) for item in line.split()[1:]})
-    # Shuffled: ids may be numbered by first appearance, and tell what was bought together.
-    index = dict(zip(ids, rng.permutation(len(ids))))
+    index = dict(zip(ids, rng.permutation(len(ids))))  # shuffled: ids may tell what goes together
     sequences = [np.array(s) for s in read_sequences(path, index) if len(s) >= 3]
-    check_size(sequences or [()], len(ids))
-    counts = Counts(sequences, len(ids), 2)  # of all but each user's last two items: the targets
-    n, everyone, parts = np.array([len(s) for s in sequences]), np.arange(len(sequences)), []
-    for fold in range(FOLDS):  # training targets are counted: only other users' counts are used
-        users = everyone[fold::FOLDS]
-        length = np.concatenate([np.arange(1, m - 2) for m in n[users]])
-        with counts.without(fold):
-            parts.append(find(cfg, counts, sequences, users.repeat(n[users] - 3), length))
-    train = map(np.concatenate, zip(*parts))
-    val, test = (find(cfg, counts, sequences, everyone, n - cut) for cut in (2, 1))
-    splits = []
-    for fields, most in ((train, cfg.n_train), (val, cfg.n_val), (test, cfg.n_test)):
-        split = Split(*fields)
-        hits = np.flatnonzero(split.target >= 0)  # who has no target can be learned from alone
+    if not sequences:
+        raise UserError(f"{path} has no user with 3 or more items; use longer sequences")
+    check_size(sequences, len(ids))
+    cut = {c: Counts(sequences, len(ids), c) for c in (1, 2, 3)}  # without the last c items
+    n, parts, splits = np.array([len(s) for s in sequences]), [[], [], []], []
+    for fold in range(FOLDS):  # counts that know a user know the targets: others' are taken
+        users = np.arange(fold, len(n), FOLDS)
+        many, lengths = users.repeat(n[users] - 3), [np.arange(1, m - 2) for m in n[users]]
+        with cut[1].without(fold), cut[2].without(fold), cut[3].without(fold):
+            parts[0].append(find(cfg, cut[3], cut[2], sequences, many, np.concatenate(lengths)))
+            parts[1].append(find(cfg, cut[2], cut[1], sequences, users, n[users] - 2))
+            parts[2].append(find(cfg, cut[2], cut[1], sequences, users, n[users] - 1))
+    for part, most in zip(parts, (cfg.n_train, cfg.n_val, cfg.n_test)):
+        split = Split(*map(np.concatenate, zip(*part)))
+        hits = np.flatnonzero(split.target >= 0)  # the other lists are to learn from alone
         if not len(hits):
             raise UserError(f"{path} is too small: no candidate is the next item; use more users")
         splits.append(split.take(rng.permutation(hits if splits else len(split))[:most]))
