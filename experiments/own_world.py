@@ -12,7 +12,7 @@ test target, the one before it the validation target; those before are for train
 1st, 2nd, 3rd: how many users have both the candidate and the last item of the history, the one
 before, the one before that; pop: how many have the item. Levels 0, 1, 2, 3, ... are 0, 1-2, 3-6,
 7-14, ... users. A trace sums up: the best level, how many are not 0, the history's highest pop.
-The reference order is a learned scorer's: each word of a trace has points. (In runs/own/toy/.)
+The reference order is a learned scorer's: each word of a trace has points. Output: runs/own/toy/
 """
 import os
 import sys

@@ -212,6 +212,14 @@ def test_sizes_of_splits_change_nothing_else(folder, world):
     assert ten.test.order.shape == (7, 10) and ten.checksum != world.checksum
 
 
+def test_users_without_training_targets(tmp_path, world):
+    """Three items leave a user none; here a whole fold is of such users."""
+    lines = [line for line in lines_of() if len(line.split()) > 3]
+    lines = [" ".join(line.split()[:4]) if n % 20 == 5 else line for n, line in enumerate(lines)]
+    fewer = own_world.own_world(Config(data_dir=written(tmp_path, lines)))
+    assert 0 < len(fewer.train) < len(world.train)
+
+
 # --- From end to end --------------------------------------------------------------------------
 
 def run(module, monkeypatch, run_dir, *options):
