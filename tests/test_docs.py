@@ -109,23 +109,19 @@ def peers(speed, header, names):
             for name in names for ours, ratio, same in [rows[name]]]
 
 
-def claims(found, regime, header, names):
-    """A row a preset and a pair of students, "toy_few: OPD − more CFT": what a regime's claims in
-    regimes.json say of the column's metric."""
-    mine = {(c["config"], c["stage"], c["control"], c["metric"]): c["difference"] for c in found
-            if c["regime"] == regime}
-    rows = []
-    for name in names:
-        key = *name.split(": ")[:1], *name.split(": ")[1].split(" − ")
-        rows.append([name] + [interval(mine.get((*key, METRIC_OF.get(column, column))))
-                              for column in header[1:]])
-    return rows
+def claims(found, header, names):
+    """A row a claim, "few_300, toy_few: OPD − more CFT" (regime, preset, stage, control): the
+    differences of the column's metric."""
+    known = {(f"{c['regime']}, {c['config']}: {c['stage']} − {c['control']}", c["metric"]):
+             c["difference"] for c in found}
+    return [[name] + [interval(known.get((name, METRIC_OF.get(column, column))))
+                      for column in header[1:]] for name in names]
 
 
 METRIC_OF = {"N@10": "ndcg@10 strict", "forwards": "forwards at equal quality"}
 TABLES = {"differences": differences, "against AR": against_ar, "response time": response_time,
           "as work grows": growth, "training": training_cost,
-          "peers": peers}
+          "peers": peers, "claims": claims}
 
 
 def copied(path, header, rows):
@@ -157,9 +153,7 @@ def filled(page):
         path = linked(page, source[1])
         lines = blocks[i + 2].split("\n")
         header, rows = cells(lines[0]), [cells(line) for line in lines[2:] if line.startswith("|")]
-        if source[2] and source[2] not in TABLES:
-            rows = claims(json.loads(read(path)), source[2], header, [row[0] for row in rows])
-        elif source[2]:
+        if source[2]:
             rows = TABLES[source[2]](json.loads(read(path)), header, [row[0] for row in rows])
         else:
             rows = copied(path, header, rows)
