@@ -8,7 +8,7 @@ ratios are exact, given the slots of each step (after an update the rule might c
 
 Ours: OPD's divergence from the teacher stays in the mix as an anchor, on the roll-outs themselves,
 where others have a KL to the reference model. The paper has none; without it traces become false
-here (docs/regimes.md).
+here (docs/findings.md).
 
 Logged, beside valid and tokens_per_forward as in CFT:
     reward, sampled_valid, copied    mean reward; shares of valid answers, of copied lists
