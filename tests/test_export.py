@@ -6,7 +6,7 @@ import export
 import train_ar
 import train_cft
 from plumbing.checkpoint import load_tensors
-from scripts import EVALUATION, TINY, run
+from scripts import EVALUATION, run
 
 
 def test_exported_weights_are_read_by_every_script_and_are_less_than_half(
