@@ -77,7 +77,7 @@ class Config:
 
     # OPD: on-policy distillation
     opd_steps: Whole(0, MANY) = 100
-    opd_lr: Real(0, 1) = 2e-4
+    opd_lr: Real(0, 1) = 5e-5
     opd_divergence: OneOf("forward", "reverse", "jsd") = "jsd"  # KL(T||S), KL(S||T), or between
     opd_prompts: Whole(1, MANY) = 10 ** 6  # training prompts of the roll-outs, at most
     opd_group: Whole(1, 10 ** 6) = 1  # roll-outs a prompt: one is greedy, several are drawn
@@ -87,7 +87,7 @@ class Config:
 
     # RL: GRPO with DAPO's corrections
     rl_steps: Whole(0, MANY) = 30  # roll-outs
-    rl_lr: Real(0, 1) = 2e-4
+    rl_lr: Real(0, 1) = 3e-5
     rl_prompts: Whole(1, 10 ** 6) = 8  # prompts a roll-out
     rl_group: Whole(2, 10 ** 6) = 8  # samples a prompt; an advantage compares two or more
     rl_epochs: Whole(1, MANY) = 2  # updates a roll-out; with one the clip never acts
@@ -140,8 +140,7 @@ FEW = dict(
     opd_divergence="forward",
     opd_tau=0.5,
     opd_anchor=0.0)
-# Without what is ours.
-PAPER = dict(
+PAPER = dict(  # without what is ours
     wording="fixed",
     answer_states=0,
     ar_misplace=0.0,
@@ -191,6 +190,7 @@ PRESETS = {
         cft_prompts=20000,
         opd_prompts=20000,
         opd_steps=60,
+        opd_lr=2e-4,
         rl_steps=60,
         rl_lr=1e-4,
         rl_prompts=16),
