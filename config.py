@@ -67,7 +67,7 @@ class Config:
     clash: Real(0, 1) = 0.4        # ours: unsure slots go together if P(same token) <= this
 
     # CFT: conversion fine-tuning
-    cft_steps: Whole(0, MANY) = 1200
+    cft_steps: Whole(0, MANY) = 1600
     cft_lr: Real(0, 1) = 2e-3
     cft_gold: Switch() = True      # train on the reference orders; false: on the teacher's own
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
