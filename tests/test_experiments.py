@@ -209,7 +209,7 @@ def test_ablations_run_each_line_once_and_compare_at_equal_forwards(monkeypatch,
              "opd": {"CFT for the same FLOPs": dict(control=True), "as it is": {},
                      "the leftmost masked token": dict(states="next")}}
     commands = {"cft": ["`train_cft.py`", "`train_cft.py --cft_steps 3`", "in ablations.py"],
-                "opd": ["`train_cft.py --cft_steps 8 --cft_lr 0.0002`", "`train_opd.py`",
+                "opd": ["`train_cft.py --cft_steps 8 --cft_lr 5e-05`", "`train_opd.py`",
                         "`experiments/opd_variants.py --states next`"]}
     monkeypatch.setattr(ablations, "LINES", lines)
     for module in (train_ar, train_cft):
