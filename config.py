@@ -127,7 +127,7 @@ SMALL = dict(
     cft_misplace=0.558,
     cft_penalty=10.0,
     rl_steps=200)
-# Few responses of the teacher to learn from: here OPD and RL are needed (docs/regimes.md).
+# Few responses of the teacher to learn from: here OPD is needed (docs/regimes.md).
 FEW = dict(
     cft_gold=False,
     cft_prompts=300,

@@ -72,9 +72,8 @@ LINES = {
         "no extra answer states": dict(answer_states=0),
         "softer teacher": dict(teacher_temperature=2.0),
         "cut after a wrong label": dict(cut=True),
-        "greedy roll-outs": dict(rollout_temperature=0.0),
+        "drawn roll-outs": dict(rollout_temperature=1.0),
         "labels to the right not excluded": dict(opd_exclude=False),
-        "greedy and not excluded: plain OPD": dict(rollout_temperature=0.0, opd_exclude=False),
         "off-policy: teacher's text": dict(source="teacher", cft_gold=False),
     },
 }

@@ -44,8 +44,7 @@ from plumbing.checkpoint import (checkpoint_path, load_stage, load_tensors,  # n
 from plumbing.settings import Text, UserError  # noqa: E402
 from report.options import finished_seeds  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
-from sampler import block_decode  # noqa: E402
-from trainer import decode_split, load_world, rule_of  # noqa: E402
+from trainer import decode, decode_split, load_world  # noqa: E402
 
 TAUS = (0.3, 0.5, 0.9)
 FINER = (0.2, 0.3, 0.5, 0.9)  # where few forwards are the point
@@ -244,10 +243,8 @@ def points_path(cfg, student):
 
 def decoded_at(cfg, world, split, model, tau):
     """Scores of a split at a threshold: (len(MEASURED), N)."""
-    rule = rule_of(cfg, tau)
-
     def decoder(prompt, rows):
-        decoded = block_decode(model, prompt, world.max_response, cfg.block_size, rule)
+        decoded = decode(cfg, model, prompt, world.max_response, tau)
         return decoded.tokens, decoded.forwards
 
     tokens, forwards = decode_split(cfg, split, decoder, f"tau {tau}")
@@ -338,12 +335,13 @@ def claims_of(cfg, options, claim, curves):
             continue
         other = curves[name]
         for metric, (i, j, score_name) in points_compared(ours, other, claim.most).items():
+            stage_at = at(ours, i)
             out.append({
                 "regime": regime_name(cfg, options), "config": cfg.config, "stage": claim.student,
-                "control": name, "metric": metric, "forwards": at(ours, i)["forwards"],
+                "control": name, "metric": metric, "forwards": stage_at["forwards"],
                 "seeds": len(ours["test"]), "users": ours["test"].shape[-1],
                 "difference": difference(ours, i, other, j, score_name),
-                "stage_at": at(ours, i), "control_at": at(other, j),
+                "stage_at": stage_at, "control_at": at(other, j),
                 "command": command(options, cfg)})
     return out
 
