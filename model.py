@@ -132,7 +132,8 @@ class GPT(nn.Module):
 
         [PAD] and [MASK] are only ever read: no decoder may write them."""
         out = F.linear(hidden, self.embed.weight)
-        out[..., [PAD, MASK]] = NO_TOKEN
+        out[..., PAD] = NO_TOKEN  # one at a time: a list of them would be copied to a GPU
+        out[..., MASK] = NO_TOKEN
         return out.float() if out.dtype == torch.bfloat16 else out
 
 

@@ -1,7 +1,9 @@
 """The decoders, quicker: twins of model.ar_decode and sampler.block_decode, tested equal.
 
-What is saved: rows that have finished a block leave the forward; the cache is written in place;
-on a GPU all shapes are fixed, so that a step is recorded once and replayed (graphs.py).
+On a CPU: a mask only where somebody may not see something; log-probabilities of AR all at once
+at the end; rows that have finished a block leave the forward; no tensor remembers how it was made
+(inference_mode). On a GPU all shapes are fixed, so that a step is recorded once and replayed
+(graphs.py).
 """
 import math
 
@@ -28,18 +30,48 @@ def fast_ar_decode(model: FastGPT, prompt, max_len, sampling=GREEDY):
     """model.ar_decode."""
     if prompt.is_cuda:
         return graph_ar_decode(model, prompt, max_len, sampling)
-    s = ARState(model, prompt, max_len)
-    for i in range(max_len):
-        n_keys = s.P + i
-        s.draw(s.read() if i == 0 else s.forward(slice(n_keys - 1, n_keys), n_keys), sampling)
-        if not s.running.any():
+    with torch.inference_mode():
+        drawn, logits = ar_draw(model, prompt, max_len, sampling)
+    # What is made out here may take part in training.
+    logp = F.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+    logp = logp.gather(-1, drawn[..., None])[..., 0]              # (N, n)
+    is_end = drawn == EOS
+    after = is_end.cumsum(1) - is_end.long() > 0
+    unwritten = (0, max_len - drawn.shape[1])
+    tokens = F.pad(drawn.masked_fill(after, PAD), unwritten, value=PAD)
+    return tokens, F.pad(logp.masked_fill(after, 0.0), unwritten), (tokens != PAD).sum(1)
+
+
+def ar_draw(model, prompt, max_len, sampling):
+    """Draws tokens until every row has its [EOS], n at most max_len -> tokens (N, n), of rows that
+    have ended too, and the logits (N, n, V) that they were drawn from."""
+    (N, P), dev = prompt.shape, prompt.device
+    cache = SlotCache(model, N, P + max_len)
+    pad = pad_left(prompt)                                        # (N, 1)
+    padded = bool(pad.any())
+    slot = torch.arange(P + max_len, device=dev)
+    real = (slot >= pad)[:, None, None] if padded else None       # (N, 1, 1, P + max_len)
+    running = torch.ones(N, dtype=torch.bool, device=dev)
+    unread, mask = prompt, causal_mask(pad if padded else pad[:1], 0, P)
+    tokens, every = [], []
+    for end in range(P, P + max_len):                             # the cache has end tokens now
+        slots = slice(end - unread.shape[1], end)
+        positions = (slot[slots] - pad).clamp(min=0) if padded else slots
+        hidden = model(unread, positions, mask, cache, slots, end, last=1)
+        logits = model.logits(hidden[:, 0])                       # (N, V)
+        token = sample(logits, sampling)[0] if sampling.temperature else logits.argmax(-1)
+        tokens.append(token)
+        every.append(logits)
+        running &= token != EOS
+        if not running.any():
             break
-    return s.result()
+        unread, mask = token[:, None], real[..., :end + 1] if padded else None
+    return torch.stack(tokens, dim=1), torch.stack(every, dim=1)
 
 
 class ARState:
-    """A batch of responses being written, all at token i. `i` is a tensor and the memory stays in
-    place for CUDA graphs."""
+    """For GPUs: a batch of responses being written, all at token i. `i` is a tensor and the memory
+    stays in place for CUDA graphs."""
 
     def __init__(self, model, prompt, max_len):
         (N, self.P), dev = prompt.shape, prompt.device
@@ -71,14 +103,14 @@ class ARState:
         slots = slice(0, self.P)
         return self.model(self.prompt, positions, mask, self.cache, slots, self.P, last=1)[:, 0]
 
-    def forward(self, slots, n_keys):
-        """The forward over the last token -> hidden (N, d) that predict the next. slots: where it
-        is stored; n_keys: keys to look at, at least those stored."""
-        slot = self.slot[:n_keys]
+    def forward(self):
+        """The forward over the last token -> hidden (N, d) that predict the next. It looks at all
+        slots and has the same shapes for every token."""
         here = self.P + self.i - 1
-        mask = (slot >= self.pad) & (slot <= here)                # (N, n_keys)
+        mask = (self.slot >= self.pad) & (self.slot <= here)      # (N, P + max_len)
+        slots = here.expand(len(self.prompt), 1)
         return self.model(self.last, here - self.pad, mask[:, None, None], self.cache, slots,
-                          n_keys)[:, 0]
+                          len(self.slot))[:, 0]
 
     def draw(self, hidden, sampling):
         """Draws every row's next token from hidden (N, d); rows that have ended write [PAD]."""
@@ -94,21 +126,18 @@ class ARState:
 
 
 def graph_ar_decode(model, prompt, max_len, sampling=GREEDY):
-    """For GPUs: the step looks at all slots and has the same shapes for every token."""
+    """For GPUs: read, then replay one step for every token."""
     prompt = widened(prompt)
     key = ("ar", *prompt.shape, max_len, sampling.temperature)
     s, step = recorded(model, key, lambda: ARState(model, prompt, max_len), sampling.generator)
     own = Sampling(sampling.temperature, s.generator)
-    n_keys = s.P + max_len
-
-    def here():
-        return (s.P + s.i - 1).expand(len(prompt), 1)
+    s.cache.look_up(model)  # its weights may have changed
     s.start(prompt)
     step("read", lambda: s.draw(s.read(), own))
     for i in range(1, max_len):
         if i % 8 == 0 and not s.running.any():  # looking waits for the GPU
             break
-        step("step", lambda: s.draw(s.forward(here(), n_keys), own))
+        step("step", lambda: s.draw(s.forward(), own))
     return s.result()
 
 
@@ -133,8 +162,8 @@ class BlockState:
         self.logp = model.embed.weight.new_zeros(n, n_tokens)
         self.pad, self.forwards = zeros(n, 1), zeros(n)
         self.running = zeros(n).bool()
-        self.block, self.in_block = zeros(n, 1), zeros(n, 1)      # for fixed shapes: where a row is
         self.cache = SlotCache(model, n, self.P + n_tokens)
+        self.block, self.in_block = zeros(n, 1), zeros(n, 1)      # for fixed shapes: where a row is
         self.rows = torch.arange(n, device=dev)
         self.slot = torch.arange(self.P + n_tokens, device=dev)
         self.lane = torch.arange(B, device=dev)
@@ -156,36 +185,26 @@ class BlockState:
             counter.zero_()
         self.running.fill_(True)
 
-    def view(self, at, n_keys):
-        """What queries at the slots `at`, (n, W) or (1, W), are told beside their tokens:
-        positions (n, W), and which of the first n_keys slots they see, (n, 1, W, n_keys)."""
-        slot = self.slot[:n_keys]
-        mask = (slot <= self.visible_to[at][..., None]) & (slot >= self.pad[..., None])
-        mask |= slot == at[..., None]                             # padding sees itself
-        return (at - self.pad).clamp(min=0), mask[:, None]
+    def forward(self, slots):
+        """For fixed shapes: the forward over slots (n, W), which end with a block -> the last
+        min(W, B + 1) hidden states (n, ., d). That at i - 1 predicts slot i."""
+        mask = self.slot <= self.visible_to[slots][..., None]     # (n, W, P + R)
+        mask &= self.slot >= self.pad[..., None]
+        mask |= self.slot == slots[..., None]                     # padding sees itself
+        positions = (slots - self.pad).clamp(min=0)
+        return self.model(self.seq.gather(1, slots), positions, mask[:, None], self.cache, slots,
+                          len(self.slot), last=min(slots.shape[1], self.B + 1))
 
-    def forward(self, some, slots, positions, mask):
-        """Runs the rows `some`, all or indices (m,), over `slots`, which end with the block: a
-        slice, whose keys are stored by a plain copy (5 to 9 % quicker), or (n, W). -> the last
-        min(W, B + 1) hidden states (m, ., d). That at i - 1 predicts slot i."""
-        sliced = isinstance(slots, slice)
-        tokens = self.seq[some, slots] if sliced else self.seq.gather(1, slots)
-        cache = self.cache if isinstance(some, slice) else self.cache.of(some)
-        last = min(tokens.shape[1], self.B + 1)
-        return self.model(tokens, positions[some], mask[some], cache, slots, mask.shape[-1],
-                          last=last)
-
-    def commit(self, at, logits, open_, step, rule, sampling):
-        """Draws tokens of m blocks from logits (m, B, V) and commits those that the rule chooses.
-
-        at: an index of these blocks in (n, R) tensors; open_ (m, B); step: how many they have
-        done, a number or (m, 1) -> the blocks' tokens (m, B)."""
+    def commit(self, at, logits, open_, rule, sampling):
+        """For fixed shapes: draws tokens of every row's block from logits (n, B, V) and commits
+        those that the rule chooses. at: an index of these blocks in (n, R) tensors; open_ (n, B)
+        -> the blocks' tokens (n, B)."""
         drawn, logp, every = sample(logits, sampling)
-        forced = ((self.lane == 0) & (step == 0)).expand_as(open_)
+        forced = ((self.lane == 0) & (self.in_block == 0)).expand_as(open_)
         chosen = rule.choose(every, open_, forced)
         tokens = torch.where(chosen, drawn, self.response[at])
         self.response[at] = tokens
-        self.step[at] = torch.where(chosen, step, self.step[at])
+        self.step[at] = torch.where(chosen, self.in_block, self.step[at])
         self.logp[at] = torch.where(chosen, logp, self.logp[at])
         return tokens
 
@@ -210,43 +229,84 @@ def fast_block_decode(model: FastGPT, prompt, max_len, block_size, rule, samplin
     R = math.ceil(max_len / block_size) * block_size
     if prompt.is_cuda and constrain is None and prefix is None:
         return graph_block_decode(model, prompt, R, block_size, rule, sampling)
-    s = BlockState(model, prompt, R, block_size, prefix)
-    n_clean = s.P + s.given                                       # the first forward reads all
-    for begin in range(s.given, R, block_size):
-        left = s.rows[s.running]
-        if not len(left):
-            break
-        decode_block(s, begin, n_clean, left, rule, sampling, constrain)
-        s.running &= (s.response[:, begin:begin + block_size] != EOS).all(1)
-        n_clean = block_size
-    return s.result()
+    with torch.inference_mode():
+        s = BlockState(model, prompt, R, block_size, prefix)
+        s.padded = bool(s.pad.any())
+        n_clean = s.P + s.given                                   # the first forward reads all
+        for begin in range(s.given, R, block_size):
+            rows = s.rows[s.running]
+            if not len(rows):
+                break
+            decode_block(s, rows, begin, n_clean, rule, sampling, constrain)
+            s.running &= (s.response[:, begin:begin + block_size] != EOS).all(1)
+            n_clean = block_size
+    return s.result()  # made out here, it may take part in training
 
 
-def decode_block(s, begin, n_clean, left, rule, sampling, constrain):
-    """Decodes one block of the rows `left` (m,); the n_clean slots before it are not stored yet."""
-    B, step, end = s.B, 0, s.P + begin + s.B
-    start = end - B - n_clean
-    open_ = torch.ones(len(left), B, dtype=torch.bool, device=left.device)
-    positions, mask = s.view(s.slot[None, start:end], end)
-    while len(left):
-        some = slice(None) if len(left) == len(s.rows) else left
-        if step == 0:
-            hidden = s.forward(some, slice(start, end), positions, mask)[:, :-1]
+def decode_block(s, rows, begin, n_clean, rule, sampling, constrain=None):
+    """Decodes one block of the rows (m,); the n_clean slots before it are not stored yet. Slots
+    that are filled already stay; n_clean may be 0 only if the first is."""
+    B, end = s.B, s.P + begin + s.B
+    start, span = end - B - n_clean, slice(begin, begin + B)
+    every_row = len(rows) == len(s.rows)
+    at = slice(None) if every_row else rows                       # quicker than indices
+    cache = s.cache if every_row else s.cache.of(rows, end)
+    tokens, when, logp = s.response[at, span], s.step[at, span], s.logp[at, span]  # (m, B) each
+    open_ = unfinished(tokens)
+    forced = (s.lane == 0) & open_
+    step = counted = 0
+    while True:
+        if step == 0 and n_clean:
+            window = s.seq[at, start:end]                         # (m, n_clean + B)
+            hidden = read_window(s, window, rows, cache, start)[:, :-1]
+            if not every_row:
+                s.cache.put(rows, cache, slice(start, end - B))   # the open block is not kept
         else:
-            hidden = s.forward(some, slice(end - B, end), positions[:, -B:], mask[:, :, -B:])
+            hidden = read_window(s, tokens, rows, cache, end - B)
             hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)  # slot 0 is committed
         logits = s.model.logits(hidden)                           # (m, B, V)
         if constrain is not None:
-            slots = (begin + s.lane).expand(len(left), B)
-            logits = constrain(logits, s.response[some], slots, left)
-        at = (some, slice(begin, begin + B))
-        tokens = s.commit(at, logits, open_, step, rule, sampling)
-        s.forwards[some] += 1
-        open_ = unfinished(tokens)
-        still = open_.any(1)
-        if not still.all():
-            left, open_ = left[still], open_[still]
+            s.response[at, span] = tokens
+            slots = (begin + s.lane).expand(len(rows), B)
+            logits = constrain(logits, s.response[at], slots, rows)
+        drawn, drawn_logp, all_logp = sample(logits, sampling)
+        chosen = rule.choose(all_logp, open_, forced)
+        tokens = torch.where(chosen, drawn, tokens)
+        when = torch.where(chosen, step, when)
+        logp = torch.where(chosen, drawn_logp, logp)
         step += 1
+        open_ = unfinished(tokens)
+        forced = torch.zeros_like(open_)
+        still = open_.any(1)
+        if still.all():
+            continue
+        s.response[at, span], s.step[at, span], s.logp[at, span] = tokens, when, logp
+        s.forwards[at] += step - counted
+        left = still.nonzero()[:, 0]
+        if not len(left):
+            return
+        counted = step
+        at = rows = rows[left]
+        cache = cache.of(left, end)
+        tokens, when, logp, open_, forced = (x[left] for x in (tokens, when, logp, open_, forced))
+
+
+def read_window(s, tokens, rows, cache, start):
+    """The forward over tokens (m, W), which stand from slot `start` to the end of a block ->
+    the last min(W, B + 1) hidden states (m, ., d). That at i - 1 predicts slot i."""
+    W = tokens.shape[1]
+    end = start + W
+    asked, key = s.slot[start:end], s.slot[:end]
+    positions, mask = slice(start, end), None
+    if W > s.B:
+        mask = (key <= s.visible_to[start:end, None])[None, None]  # (1, 1, W, end)
+    if s.padded:
+        pad = s.pad[rows]                                         # (m, 1)
+        positions = (asked - pad).clamp(min=0)                    # (m, W)
+        real = (key >= pad)[:, None, None]                        # (m, 1, 1, end)
+        itself = key == asked[:, None]                            # padding sees itself
+        mask = real if mask is None else mask & real | itself
+    return s.model(tokens, positions, mask, cache, slice(start, end), end, last=min(W, s.B + 1))
 
 
 def graph_block_decode(model, prompt, n_tokens, block_size, rule, sampling=GREEDY):
@@ -261,10 +321,10 @@ def graph_block_decode(model, prompt, n_tokens, block_size, rule, sampling=GREED
     def forward(n_clean):
         """A step of every row, at its own block. What it reads and writes stays in s."""
         slots = s.P + s.block * B - n_clean + s.slot[:n_clean + B]  # (n, n_clean + B)
-        hidden = s.forward(slice(None), slots, *s.view(slots, s.P + s.R))[:, :-1]
+        hidden = s.forward(slots)[:, :-1]
         at = s.rows[:, None], s.block * B + s.lane
         open_ = unfinished(s.response[at])
-        tokens = s.commit(at, s.model.logits(hidden), open_, s.in_block, rule, own)
+        tokens = s.commit(at, s.model.logits(hidden), open_, rule, own)
         s.forwards += s.running
         full = ~unfinished(tokens).any(1)
         done = full & ((tokens == EOS).any(1) | (s.block[:, 0] == s.R // B - 1))
@@ -273,6 +333,7 @@ def graph_block_decode(model, prompt, n_tokens, block_size, rule, sampling=GREED
         s.block += onward
         s.in_block.add_(1).masked_fill_(onward, 0)
 
+    s.cache.look_up(model)  # its weights may have changed
     s.start(prompt)
     step("read", lambda: forward(s.P))
     while s.running.any():

@@ -2,7 +2,7 @@
 A step with fixed shapes is recorded once and replayed."""
 import torch
 
-KEPT = 4       # states of decodes that are kept; each holds a KV cache
+KEPT = 8       # states of decodes that are kept; each holds a KV cache
 RECORDED = {}  # key -> state
 
 

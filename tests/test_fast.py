@@ -13,7 +13,8 @@ from conftest import LENGTHS, VOCAB, close, gen, left_padded, same_decode, tiny_
 from data import ANSWER, EOS, MASK, PAD
 from diffusion import block_mask, every_block, predict_blocks, replay_logp
 from fast.decode import graph_ar_decode, graph_block_decode, widened
-from fast.gpt import FastGPT, SlotCache, compile_layers, fast_replay_logp, shared_mask
+from fast.gpt import (FastGPT, SlotCache, compile_layers, fast_replay_logp, rms_norm,
+                      shared_mask)
 from fast.graphs import KEPT, RECORDED
 from model import GPT, Sampling, ar_decode, causal_hidden, causal_mask
 from ours.commit import Apart
@@ -148,19 +149,61 @@ def test_in_bfloat16_both_are_near_what_they_are_in_float32(B):
 
 
 def test_a_cache_that_is_written_at_slots_or_at_indices_is_the_same():
-    model = tiny_gpt(kind=FastGPT)
+    model = tiny_gpt(kind=FastGPT)                                # 2 layers, 2 heads of 8
     a, b = SlotCache(model, 3, 8), SlotCache(model, 3, 8)
-    k, v = torch.randn(2, 3, 2, 16, generator=gen(), dtype=torch.float64)
-    a.write(1, k, v, slice(4, 6))
+    k, v = torch.randn(2, 3, 2, 2, 8, generator=gen(), dtype=torch.float64)
+    for place, new in zip(a.at(slice(4, 6))[1], (k, v)):
+        place.copy_(new)
     b.write(1, k, v, torch.tensor([[4, 5]]).expand(3, 2))
-    assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v) and torch.equal(a.k[1, :, 4:6], k)
-    rows = torch.tensor([2, 0])
-    a.of(rows).write(0, k[:2], v[:2], slice(0, 2))
-    got_k, got_v = a.of(rows).read(0, 2)
-    assert torch.equal(got_k, k[:2]) and torch.equal(got_v, v[:2])
-    assert torch.equal(a.k[0, 0, :2], k[1]) and not a.k[0, 1].any()  # in place; others untouched
-    b.write(1, k[:1], v[:1], torch.tensor([[7, 2]]))                 # any order
-    assert torch.equal(b.k[1, 0, [7, 2]], k[0])
+    assert torch.equal(a.k, b.k) and torch.equal(a.v, b.v)
+    got_k, got_v = a.at(slice(0, 6))[1]
+    assert torch.equal(got_k[:, :, 4:], k) and torch.equal(got_v[:, :, 4:], v)
+    assert not a.k[0].any() and not a.k[1, :, :, :4].any()
+    b.write(1, k, v, torch.tensor([[7, 2], [0, 1], [1, 0]]))      # any order
+    assert torch.equal(b.k[1, 0, :, [7, 2]], k[0]) and torch.equal(b.v[1, 2, :, [1, 0]], v[2])
+
+
+def test_a_cache_of_some_rows_is_a_copy_and_can_be_put_back():
+    model = tiny_gpt(kind=FastGPT)
+    cache = SlotCache(model, 3, 8)
+    cache.k.normal_(generator=gen())
+    before, rows = cache.k.clone(), torch.tensor([2, 0])
+    part = cache.of(rows, 6)
+    assert torch.equal(part.k, before[:, rows, :, :6])
+    k, v = torch.randn(2, 2, 2, 3, 8, generator=gen(1), dtype=torch.float64)
+    part.write(1, k, v, torch.arange(3, 6).expand(2, -1))
+    assert torch.equal(cache.k, before)
+    cache.put(rows, part, slice(3, 5))
+    assert torch.equal(cache.k[1, rows, :, 3:5], k[:, :, :2])
+    assert torch.equal(cache.v[1, rows, :, 3:5], v[:, :, :2])
+    cache.k[1, rows, :, 3:5] = before[1, rows, :, 3:5]
+    assert torch.equal(cache.k, before)                           # nothing else has changed
+
+
+@pytest.mark.parametrize("N, T", [(1, 1), (3, 1), (3, 4)])
+@torch.no_grad()
+def test_a_forward_without_a_mask_is_one_that_sees_everything(N, T):
+    models, tokens = both(), words(N, 9)
+    slot = torch.arange(9).expand(N, -1)
+    seen = torch.ones(N, 1, 9, 9, dtype=torch.bool)
+    seen[:, :, :9 - T] = torch.ones(9 - T, 9).tril().bool()
+    plain = models[0](tokens, slot, seen)[:, -T:]
+    for mask in (seen[:, :, -T:], None):
+        cache, first = SlotCache(models[1], N, 12), slice(0, 9 - T)
+        models[1](tokens[:, first], slot[:, first], seen[:, :, first, first], cache, first, 9 - T)
+        rest = slice(9 - T, 9)
+        for positions in (rest, slot[:, rest]):
+            close(models[1](tokens[:, rest], positions, mask, cache, rest, 9), plain)
+
+
+@torch.no_grad()
+def test_both_norms_are_the_same_however_small_the_numbers():
+    model = tiny_gpt(kind=FastGPT, dtype=torch.float32)
+    cache = SlotCache(model, 1, 1)
+    for scale in (0.0, 1e-5, 1e-3, 1.0, 1e3):
+        x = scale * torch.randn(5, 16, generator=gen())
+        quick = rms_norm(x, cache.last_gain, cache.least)
+        close(quick, model.norm(x), 1e-5)
 
 
 def test_only_a_fast_model_on_a_gpu_is_compiled():
