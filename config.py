@@ -26,13 +26,16 @@ class Config:
     fast: Switch() = True        # the quick twins of fast/, tested equal; false: the plain code
 
     # The world: what a prompt is made of. Label words: 2 n_candidates, so answers can be wrong.
-    world: OneOf("toy", "toy_random_labels", "beauty", "beauty_hybrid") = "toy"
+    world: OneOf("toy", "toy_random_labels", "toy_expert", "toy_target", "beauty", "beauty_hybrid",
+                 "beauty_expert", "beauty_target") = "toy"
     #   toy: label L3 is the third of the list; toy_random_labels: labels are dealt out at random
+    #   *_expert: rankings of an expert who errs; *_target: the same, what the user took first
     #   beauty_hybrid: the pre-ranker also scores brand and category
     data_dir: Text() = "data/beauty"  # Amazon Beauty: sequences.txt and items.tsv
     n_candidates: Whole(2, 63) = 8    # K, the length of all lists but some in training
     vary_lists: Real(0, 1) = 0.4      # share of training lists with a length from K / 2 to K
-    trace: Switch() = True            # false: answers without reasoning, a baseline
+    trace: OneOf("none", "free", "bound") = "bound"  # ours [free]: the answer sees the trace
+    #   alone; free: prompt and trace; none: there is no trace
     wording: OneOf("fixed", "token", "statement", "trace") = "fixed"  # ours [fixed]: synonyms in
     #   traces, drawn for each token, for each statement or for the whole trace
     n_train: Whole(1, 10 ** 7) = 40000  # training examples (on Beauty: at most)
@@ -61,13 +64,13 @@ class Config:
     ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: as cft_misplace; it grows from 0 to this
 
     # The sampler: how students decode, chosen on validation users
-    block_size: Whole(1, 1024) = 16  # B, tokens denoised in parallel, in training too
+    block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel, in training too
     tau: Real(above=0, high=1) = 0.5  # commit what is surer; can be changed after training
     commit: OneOf("independent", "threshold") = "independent"  # ours [threshold]: rule of commits
     clash: Real(0, 1) = 0.4        # ours: unsure slots go together if P(same token) <= this
 
     # CFT: conversion fine-tuning
-    cft_steps: Whole(0, MANY) = 1600
+    cft_steps: Whole(0, MANY) = 1000
     cft_lr: Real(0, 1) = 2e-3
     cft_gold: Switch() = True      # train on the reference orders; false: on the teacher's own
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
@@ -120,15 +123,18 @@ SMALL = dict(
     d_model=128,
     warmup=100,
     answer_states=3,
+    block_size=32,
     tau=0.4,
     clash=0.1,
-    ar_steps=4000,
-    cft_steps=2000,
+    ar_steps=2000,
+    cft_steps=1000,
     cft_misplace=0.558,
     cft_penalty=10.0,
-    rl_steps=200)
+    rl_steps=60)
 # Few responses of the teacher to learn from: here OPD is needed (docs/regimes.md).
 FEW = dict(
+    trace="free",
+    block_size=16,
     cft_gold=False,
     cft_prompts=300,
     cft_steps=200,  # more of them learn the responses by heart
@@ -141,6 +147,7 @@ FEW = dict(
     opd_tau=0.5,
     opd_anchor=0.0)
 PAPER = dict(  # without what is ours
+    trace="free",
     wording="fixed",
     answer_states=0,
     ar_misplace=0.0,
@@ -169,30 +176,24 @@ PRESETS = {
     "toy_paper": RECIPE,
     # Amazon Beauty on a laptop.
     "small": SMALL,
-    "small_few": {**SMALL, **FEW, "opd_steps": 100, "rl_steps": 20},
+    "small_few": {**SMALL, **FEW, "ar_steps": 4000, "opd_steps": 100, "rl_steps": 20},
     "small_paper": {**SMALL, **RECIPE},
-    # Amazon Beauty on a GPU. It trains on the teacher's own outputs, with no penalty and fewer
-    # misplaced labels. Its rates were chosen with AdamW.
+    # Amazon Beauty on a GPU.
     "full": dict(
         **BEAUTY,
         n_layer=8,
         n_head=8,
         d_model=512,
         batch_size=128,
-        warmup=200,
-        tau=0.98,
+        block_size=32,
+        tau=0.4,
         clash=0.1,
-        ar_steps=4000,
-        ar_lr=8e-4,
-        cft_steps=1200,
-        cft_lr=4e-4,
-        cft_gold=False,
-        cft_prompts=20000,
-        opd_prompts=20000,
-        opd_steps=60,
-        opd_lr=2e-4,
-        rl_steps=60,
-        rl_lr=1e-4,
+        ar_steps=1500,
+        ar_lr=2e-3,
+        cft_steps=500,
+        cft_lr=1e-3,
+        opd_steps=40,
+        rl_steps=30,
         rl_prompts=16),
 }
 

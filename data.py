@@ -161,10 +161,8 @@ class Answers:
 def parse_answer(tokens, incoming):
     """One response and its list's labels, both lists of int -> the fields of Answers."""
     ended = EOS in tokens
-    if ended:
-        written = tokens[:tokens.index(EOS)]
-    else:
-        written = [token for token in tokens if token != PAD]
+    written = tokens[:tokens.index(EOS)] if ended else tokens
+    written = [token for token in written if token != PAD]
     start = written.index(ANSWER) if ANSWER in written else len(written)
     answer = [token - LABEL for token in written[start + 1:]]
 

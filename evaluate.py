@@ -7,7 +7,7 @@ Reads the checkpoints under runs/<config>/seed*/; writes report.json, report.md 
 Students are decoded at one operating point (block size, commit rule, tau); a curve over tau serves
 the figures. A metric is taken *as served* (an invalid answer is repaired) and *strict* (it counts
 0). Beside the stages: *naive*, the teacher's weights under the student's sampler, and
-*constrained*, the last student, allowed permutations only.
+*constrained*, the last student, allowed permutations only; *lossless*, AR's text, drafted by it.
 """
 import dataclasses
 import functools
@@ -18,22 +18,24 @@ from plumbing.script import script  # before numpy and torch: see there
 import numpy as np
 
 from data import PAD, faithfulness, parse_answers
-from model import ar_decode
 from plumbing.checkpoint import finished_stages
+from plumbing.decoding import decode_split
 from plumbing.processes import RANK
 from report.beside import results_beside
 from report.constrained import constrained_decode
 from report.figures import draw_figures
+from report.lossless import lossless_write
 from report.options import Options, chosen_split, finished_seeds
 from report.rows import SCORED, Result, first_users, known_orders, make_report, write_report
 from report.show import show
 from report.speed import add_times
 from report.table import summary
-from trainer import decode, decode_split, load_world
+from trainer import ar_write, decode, load_world
 
 METRICS = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr")
 PARSED = ("valid", "duplicated", "dropped", "out_of_set", "identity", "trace_tokens")
 OF_TEACHER = ("ar", "naive")
+OF_AR = {"ar": ar_write, "lossless": lossless_write}  # the text is the teacher's
 MUST_DIFFER = 50  # fewer users that differ support no interval: it would be too narrow
 
 
@@ -121,17 +123,15 @@ def paired_interval(difference):
 
 def stage_decoder(cfg, world, model, stage, tau):
     """The decoder of a stage as decode_split wants it: token by token for the teacher."""
-    def ar(prompt, rows):
-        tokens, _, forwards = ar_decode(model, prompt, world.max_response)
-        return tokens, forwards
-
-    def blocks(prompt, rows):
-        if stage == "constrained":
+    def decoder(prompt, rows):
+        if stage in OF_AR:
+            decoded = OF_AR[stage](cfg, model, prompt, world.max_response)
+        elif stage == "constrained":
             decoded = constrained_decode(cfg, world, model, prompt, rows)
         else:
             decoded = decode(cfg, model, prompt, world.max_response, tau)
         return decoded.tokens, decoded.forwards
-    return ar if stage == "ar" else blocks
+    return decoder
 
 
 def evaluate_stage(cfg, options, world, model, stage):
@@ -146,7 +146,7 @@ def evaluate_stage(cfg, options, world, model, stage):
     served = at(None if stage == "ar" else cfg.tau, len(world.test), True)
     scores = first_users(served.scores, few)  # the operating point is on the curve too
     results = [served, dataclasses.replace(served, reported=False, scores=scores)]
-    if stage not in ("ar", "constrained"):
+    if stage not in ("constrained", *OF_AR):
         others = sorted(set(options.eval_taus) - {cfg.tau})
         results += [at(tau, few, False) for tau in others]
     return results
@@ -159,7 +159,7 @@ def evaluate_seed(cfg, options, world, known):
     last = list(models)[-1]
     models["naive"] = models["ar"]
     if last != "ar":
-        models["constrained"] = models[last]
+        models |= {"constrained": models[last], "lossless": (models["ar"], models[last])}
 
     results = [dataclasses.replace(result, seed=cfg.seed) for result in known]
     for stage in SCORED:

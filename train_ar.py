@@ -14,14 +14,16 @@ the reference).
 """
 from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
 
+import torch
 import torch.nn.functional as F
 
 from data import PAD, draw_batch, in_answer, tensors, token_weights
-from model import ar_decode, causal_hidden
+from model import causal_hidden
+from ours.bound import mean_loss, packed, requests
 from ours.labels import best_left, misplaced
 from plumbing.checkpoint import device_of, start_from
 from plumbing.settings import UserError
-from trainer import Run, autocast, load_world, rng_for, valid_rate
+from trainer import Run, ar_write, autocast, load_world, rng_for, valid_rate
 
 
 def ar_loss(cfg, model, prompt, response, shown_from):
@@ -46,8 +48,8 @@ def validate(cfg, world, model, n=64):
     """valid and match on the first validation users."""
     rows = range(min(n, len(world.val)))
     prompt, reference = tensors(world.val, rows, device_of(cfg))
-    tokens, _, _ = ar_decode(model, prompt, world.max_response)
-    tokens = tokens[:, :reference.shape[1]]
+    tokens = packed(ar_write(cfg, model, prompt, world.max_response).tokens, left=False)
+    tokens = F.pad(tokens, (0, reference.shape[1] - tokens.shape[1]), value=PAD)
     match = (tokens == reference) | (reference == PAD)
     return {
         "valid": valid_rate(tokens, world.val, rows),
@@ -66,10 +68,15 @@ def main(cfg):
         prompt, response = tensors(world.train, rows, device_of(cfg))
         # The share of misplaced labels grows from 0: a model that does not know the right order
         # yet cannot learn it from wrong ones.
-        shown_from = misplaced(response, cfg.ar_misplace * step / run.n_steps, rng)
-        loss, nats = ar_loss(cfg, model, prompt, response, shown_from)
-        log = run.update(loss)
+        share = cfg.ar_misplace * step / run.n_steps
+        parts = requests(cfg, prompt, response)                   # ours; the paper: one
+        losses, nats = zip(*(
+            ar_loss(own, model, read, written, misplaced(written, share, rng))
+            for own, read, written in parts))
+        log = run.update(mean_loss(parts, losses))
 
+        nats = torch.cat(nats, dim=1)                             # (N, R)
+        response = torch.cat([written for _, _, written in parts], dim=1)
         real = response != PAD
         answer = in_answer(response)
         log["trace_nats"] = nats[real & ~answer].mean().item()

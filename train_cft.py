@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from data import MASK, PAD, draw_batch, tensors, token_weights
 from diffusion import draw_noise, every_block, fill_last_block, predict_blocks, take_blocks
+from ours.bound import mean_loss, requests
 from ours.labels import extend, misplaced, price_of_taken, what_is_left
 from ours.states import answer_blocks, first_steps, share_weight
 from plumbing.checkpoint import device_of, start_from
@@ -111,10 +112,12 @@ def cft_loss(cfg, model, prompt, response, rng):
     return (nats * slot_weight[asked]).sum() / token_weight.sum()
 
 
-def anchor_loss(cfg, world, model, responses, rng):
-    """Ours: the CFT loss of a batch of its own, kept in the mix by OPD."""
+def batch_loss(cfg, world, model, responses, rng):
+    """The CFT loss of a batch of training text; OPD keeps it in the mix (ours)."""
     prompt, response = cft_batch(cfg, world, responses, rng)
-    return cft_loss(cfg, model, prompt, response, rng)
+    parts = requests(cfg, prompt, response)                       # ours; the paper: one
+    return mean_loss(parts, [cft_loss(own, model, read, written, rng)
+                             for own, read, written in parts])
 
 
 def validate(cfg, world, model, n=64):
@@ -135,9 +138,7 @@ def main(cfg):
     responses = training_responses(cfg, world)
     for step in run.steps():
         rng = rng_for(cfg, "cft", step)
-        prompt, response = cft_batch(cfg, world, responses, rng)
-        loss = cft_loss(cfg, model, prompt, response, rng)
-        log = run.update(loss)
+        log = run.update(batch_loss(cfg, world, model, responses, rng))
         if run.time_to_validate():
             log |= validate(cfg, world, model)
         run.log(**log)

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 
 from data import PAD, draw_batch, tensors, token_weights
 from diffusion import decode_states, every_block, predict_blocks, take_blocks
-from model import NO_TOKEN, causal_hidden
+from model import NO_TOKEN, Sampling, causal_hidden
+from ours.bound import mean_loss
 from ours.labels import exclude_shown
 from ours.states import answer_blocks, state_weights
 from plumbing.checkpoint import device_of, load_stage, start_from
 from sampler import NEVER
 from trainer import Run, autocast, load_world, rng_for, roll_out, valid_rate
-from train_cft import anchor_loss, training_responses, validate
+from train_cft import batch_loss, training_responses, validate
 
 
 def kl(log_p, log_q):
@@ -124,21 +125,23 @@ def main(cfg):
 
         # The student writes, to any prompts, as it is served; several of one prompt are drawn.
         n_prompts = min(cfg.opd_prompts, len(world.train))
-        rows = draw_batch(n_prompts, cfg.batch_size, rng).repeat(cfg.opd_group)  # (N,)
+        rows = draw_batch(n_prompts, cfg.batch_size, rng)         # (prompts,)
         prompt, _ = tensors(world.train, rows, device_of(cfg))
-        temperature = float(cfg.opd_group > 1)
-        decoded = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau, temperature, rng)
+        how = Sampling(float(cfg.opd_group > 1), rng)
+        parts = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau, how, cfg.opd_group)
 
         # The teacher corrects.
-        distance = opd_loss(cfg, student, teacher, prompt, decoded, rng)
-        loss = distance
+        losses = [opd_loss(own, student, teacher, read, decoded, rng)
+                  for own, read, decoded in parts]
+        distance = loss = mean_loss(parts, losses)
         if cfg.opd_anchor:                                        # ours
-            anchor = anchor_loss(cfg, world, student, responses, rng)
+            anchor = batch_loss(cfg, world, student, responses, rng)
             loss = distance + cfg.opd_anchor * anchor
         log = run.update(loss)
 
         log["divergence"] = distance.item()
-        log["rollout_valid"] = valid_rate(decoded.tokens, world.train, rows)
+        answers, rows = parts[-1][-1].tokens, rows.repeat(cfg.opd_group)  # (N, R), (N,)
+        log["rollout_valid"] = valid_rate(answers, world.train, rows)
         if run.time_to_validate():
             log |= validate(cfg, world, student)
         run.log(**log)

@@ -20,13 +20,13 @@ Logged, beside valid and tokens_per_forward as in CFT:
 """
 from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
 
-import functools
-
 import numpy as np
 import torch
 
 from data import PAD, draw_batch, parse_answers, tensors
 from diffusion import replay_logp
+from model import Sampling
+from ours.bound import mean_loss
 from plumbing.checkpoint import device_of, load_stage, start_from
 from plumbing.settings import UserError
 from trainer import Run, autocast, load_world, rng_for, roll_out
@@ -140,9 +140,10 @@ def main(cfg):
         # 1. Sample a group of responses to each prompt. A group's rows are adjacent.
         drawn = draw_batch(len(with_target), cfg.rl_prompts, rng)
         rows = with_target[drawn]                                 # (prompts,)
-        rows = rows.repeat(cfg.rl_group)                          # (N,), N = prompts * group
         prompt, _ = tensors(world.train, rows, device_of(cfg))
-        decoded = roll_out(cfg, model, prompt, world.max_response, cfg.rl_tau, 1.0, rng)
+        *trace, (own, prompt, decoded) = roll_out(
+            cfg, model, prompt, world.max_response, cfg.rl_tau, Sampling(1.0, rng), cfg.rl_group)
+        rows = rows.repeat(cfg.rl_group)                          # (N,), N = prompts * group
 
         # 2. Reward them, and compare the samples of a prompt.
         rewards, log = score_answers(cfg, world, rows, decoded)
@@ -154,10 +155,14 @@ def main(cfg):
         if signal.any():
             kept = signal.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
             advantage = advantage.flatten().to(prompt.device)[kept]
-            part = decoded.take(kept)
-            prompt = prompt[kept]
-            anchor = functools.partial(opd_loss, cfg, model, teacher, prompt, part, rng)  # ours
-            log |= update(cfg, run, prompt, part, advantage, anchor)
+            prompt, decoded = prompt[kept], decoded.take(kept)
+
+            def anchor():                                         # ours; trace: with --trace bound
+                parts = [*trace, (own, prompt, decoded)]
+                losses = [opd_loss(own, model, teacher, read, written, rng)
+                          for own, read, written in parts]
+                return mean_loss(parts, losses)
+            log |= update(own, run, prompt, decoded, advantage, anchor)
         if run.time_to_validate():
             log |= validate(cfg, world, model)
         run.log(**log)

@@ -9,27 +9,25 @@ from tqdm import tqdm
 
 import fast.decode  # noqa: F401  the quick twins register themselves
 from beauty.world import beauty_world
-from data import parse_answers, tensors
-from model import Sampling
+from data import MASK, PAD, parse_answers
+from model import Sampling, ar_decode
+from ours.bound import joined, write
 from ours.commit import Apart, label_range
 from ours.wording import reword
 from plumbing.checkpoint import (checkpoint_path, device_of, locked, log_path, open_log, resume,
                                  save_run)
-from plumbing.processes import (RANK, mean_gradients, share_rows, shared_decode,
-                                shared_map)
+from plumbing.optimizers import optimizers_of
+from plumbing.processes import RANK, mean_gradients, share_rows, shared_decode
 from plumbing.settings import UserError
-from sampler import Threshold, block_decode
+from sampler import NEVER, Decoded, Threshold, block_decode
 from toy.world import toy_world
-
-WEIGHT_DECAY = 0.05  # of the matrices of the layers
-BATCH = 256          # rows decoded together
 
 
 def load_world(cfg):
     """The World that the settings name."""
     world = toy_world(cfg) if cfg.world.startswith("toy") else beauty_world(cfg)
     world = reword(world, cfg.wording)  # ours
-    if not cfg.trace:  # the answer alone
+    if cfg.trace == "none":  # the answer alone
         for split in (world.train, world.val, world.test):
             split.trace = split.trace[:, :0]
     return world
@@ -53,18 +51,6 @@ def autocast(cfg, device):
 
 
 # --- The loop around a stage's own loss -------------------------------------------------------
-
-def optimizers_of(model, lr):
-    """[Muon, AdamW]: Muon for the matrices of the layers, AdamW for embeddings and gains.
-
-    Muon turns the momentum of a matrix into the nearest orthogonal one (Jordan et al. 2024). It is
-    scaled to the size of an AdamW step (arXiv 2502.16982), so that one rate serves both."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    return [
-        torch.optim.Muon(matrices, lr, WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0)]
-
 
 class Run:
     """Optimisers, schedule, checkpoints, log and bar of one stage. Use:
@@ -162,39 +148,37 @@ def rule_of(cfg, tau=None):
     return Apart(tau, cfg.clash, label_range(cfg.n_labels))  # ours
 
 
+def ar_write(cfg, model, prompt, max_len):
+    """ar_decode, greedily -> Decoded: blocks of one token, each written in one step."""
+    def decoder(own, prompt, max_len, _):
+        tokens, logp, forwards = ar_decode(model, prompt, max_len)
+        filled = torch.where(tokens == PAD, MASK, tokens)
+        step = torch.where(tokens == PAD, NEVER, 0)
+        return Decoded(tokens, filled, step, logp, forwards)
+    return joined(write(cfg, decoder, prompt, max_len))
+
+
 def decode(cfg, model, prompt, max_len, tau=None):
     """block_decode, greedily, at the operating point or at another tau -> Decoded."""
-    return block_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg, tau))
+    def decoder(own, prompt, max_len, _):
+        return block_decode(model, prompt, max_len, own.block_size, rule_of(own, tau))
+    return joined(write(cfg, decoder, prompt, max_len))
 
 
-def roll_out(cfg, model, prompt, max_len, tau, temperature, rng):
-    """Responses (N, R) of a student, decoded as it is served, for OPD and RL -> Decoded.
-
-    temperature: of the draws; at 0 each token is the best one."""
-    def decoder(prompt, rng):
-        if prompt.is_cuda:  # torch draws on a GPU with a generator of the GPU's only
-            seed = int(torch.randint(2 ** 62, (), generator=rng))
-            rng = torch.Generator(prompt.device).manual_seed(seed)
-        sampling = Sampling(temperature, rng)
-        return block_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg, tau), sampling)
-    return shared_decode(decoder, prompt, rng)
+def roll_out(cfg, model, prompt, max_len, tau, sampling, group=1):
+    """A group of responses to each prompt (N, P), by a student as it is served, for OPD and RL:
+    [(settings, prompt, Decoded)]. One part; with --trace bound two (ours/bound.py)."""
+    def decoder(own, prompt, max_len, greedily):
+        def share(prompt, rng):
+            if prompt.is_cuda:  # torch draws on a GPU with a generator of the GPU's only
+                seed = int(torch.randint(2 ** 62, (), generator=rng))
+                rng = torch.Generator(prompt.device).manual_seed(seed)
+            how = Sampling(0.0 if greedily else sampling.temperature, rng)
+            return block_decode(model, prompt, max_len, own.block_size, rule_of(own, tau), how)
+        return shared_decode(share, prompt, sampling.generator)
+    return write(cfg, decoder, prompt, max_len, group)
 
 
 def valid_rate(tokens, split, rows):
     """Share of valid answers among responses (n, R) to some rows of a split."""
     return float(parse_answers(tokens.cpu().numpy(), split.incoming[rows]).valid.mean())
-
-
-def decode_split(cfg, split, decoder, desc):
-    """Runs decoder(prompt, rows) -> tokens (n, R), forwards (n,) over a split, in batches.
-
-    -> tokens (N, R) int64, forwards (N,), arrays."""
-    def part(start):
-        rows = range(start, min(len(split), start + BATCH))
-        prompt, _ = tensors(split, rows, device_of(cfg))
-        tokens, forwards = decoder(prompt, rows)
-        return tokens.cpu().numpy(), forwards.cpu().numpy()
-
-    starts = tqdm(range(0, len(split), BATCH), desc=desc, leave=False, disable=RANK > 0)
-    tokens, forwards = zip(*shared_map(part, starts))
-    return np.concatenate(tokens), np.concatenate(forwards)

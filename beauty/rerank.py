@@ -39,9 +39,10 @@ from beauty.prerank import K, Counts, Histories, attributes  # noqa: E402
 from beauty.tokens import tokenize  # noqa: E402
 from data import PAD, faithfulness, parse_answers, statements, tensors  # noqa: E402
 from plumbing.checkpoint import device_of, last_student  # noqa: E402
+from plumbing.decoding import BATCH  # noqa: E402
 from plumbing.settings import Text, UserError  # noqa: E402
 from toy.world import TOY_ATTRIBUTES, TOY_HISTORY, TOY_VALUES, toy_examples  # noqa: E402
-from trainer import BATCH, decode, load_world  # noqa: E402
+from trainer import decode, load_world  # noqa: E402
 
 MAX_LINE = 2 ** 16  # bytes
 KINDS = {"history": [list], "candidates": [list], "id": [str, int]}
@@ -210,7 +211,8 @@ def answers(cfg, world, stage, model, split):
         for statement in statements(row, world.n_labels):
             trace.append(" ".join(world.words[token] for token in statement))
         yield parsed.order[n, :split.list_length[n]], {
-            "valid": bool(parsed.valid[n]), "faithful": float(true[n]) if cfg.trace else None,
+            "valid": bool(parsed.valid[n]),
+            "faithful": float(true[n]) if cfg.trace != "none" else None,
             "trace": "; ".join(trace), "forwards": int(decoded.forwards[n]),
             "tokens": int((row != PAD).sum()), "stage": stage}
 
@@ -229,7 +231,7 @@ def answer_batch(batch, reader, cfg, world, student):
     if good:
         results, given, histories, candidates = zip(*good)
         split = reader.examples(histories, candidates)
-        if not cfg.trace:
+        if cfg.trace == "none":
             split.trace = split.trace[:, :0]
         found = answers(cfg, world, *student, split)
         for result, items, (ranking, rest) in zip(results, given, found):

@@ -10,7 +10,7 @@ from beauty.amazon import read_beauty
 from beauty.evidence import STATED, merge_rare, prepare, rare
 from beauty.prerank import K, check_size
 from beauty.tokens import beauty_words, tokenize
-from beauty.writer import write_scores
+from beauty.writer import points, write_scores
 from config import folder
 from data import Split, World, draw_list_lengths
 from plumbing.checkpoint import checksum, load_tensors, save_tensors
@@ -76,7 +76,15 @@ def written_lists(sequences, items, cfg):
     nearest = rare(train)
     for lists in (train, val, test):
         merge_rare(lists, nearest)
-    write_scores(train, val, test)
+    if cfg.world in ("beauty_expert", "beauty_target"):
+        for lists in (train, val, test):
+            lists.score = points(lists.evidence)
+    else:
+        write_scores(train, val, test)
+    if cfg.world == "beauty_target":
+        for lists in (train, val, test):
+            hit = np.flatnonzero(lists.target >= 0)
+            lists.score[hit, lists.target[hit]] = np.inf
     fresh = fresh[in_test]
     fresh = fresh[fresh < cfg.n_candidates].reshape(-1, cfg.n_candidates)
     return train, val.take(in_val), test.take(in_test), fresh, nearest

@@ -115,3 +115,10 @@ def write_scores(train, *others):
                 with torch.no_grad():
                     scores = networks.score(one_hot(lists.evidence, rows))
                 lists.score[rows] = scores[members].mean(0)
+
+
+def points(evidence):
+    """An expert's scores (N, K), by hand: strong links, the same brand, the same category."""
+    place = evidence["pos"].astype(np.float32)
+    total = sum(evidence[name].astype(np.float32) for name in ("link", "brand", "depth"))
+    return total - place / 100  # of candidates that are alike, the first of the list

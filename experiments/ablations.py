@@ -28,13 +28,15 @@ import numpy as np  # noqa: E402
 import opd_variants  # noqa: E402
 from config import PRESETS, Config, folder  # noqa: E402
 from evaluate import score, stage_decoder  # noqa: E402
+from ours.bound import joined, write  # noqa: E402
 from plumbing.checkpoint import checkpoint_path, load_stage  # noqa: E402
+from plumbing.decoding import decode_split  # noqa: E402
 from plumbing.settings import OneOf, Text, UserError, kinds  # noqa: E402
 from report.options import finished_seeds  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
 from rules import Factor  # noqa: E402
 from sampler import block_decode  # noqa: E402
-from trainer import decode_split, load_world, rule_of  # noqa: E402
+from trainer import load_world, rule_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,11 @@ def curve(cfg, world, stage, factor):
     model, _ = load_stage(cfg, stage, world)
     points = []
     for rule in rules_of(cfg, factor)[0]:
+        def of_request(own, prompt, max_len, _):
+            return block_decode(model, prompt, max_len, own.block_size, rule)
+
         def decoder(prompt, rows):
-            decoded = block_decode(model, prompt, world.max_response, cfg.block_size, rule)
+            decoded = joined(write(cfg, of_request, prompt, world.max_response))
             return decoded.tokens, decoded.forwards
         points.append(measured(cfg, world, decoder, f"tau {rule.tau}"))
     return points

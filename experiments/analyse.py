@@ -32,10 +32,11 @@ from diffusion import fill_last_block  # noqa: E402
 from evaluate import ranking_metrics, score, score_order  # noqa: E402
 from fast.decode import fast_block_decode  # noqa: E402
 from plumbing.checkpoint import device_of, finished_stages  # noqa: E402
+from plumbing.decoding import decode_split  # noqa: E402
 from plumbing.settings import UserError, Whole  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
 from rules import Steps  # noqa: E402
-from trainer import decode_split, load_world, rng_for, rule_of  # noqa: E402
+from trainer import load_world, rng_for, rule_of  # noqa: E402
 from train_cft import cft_loss  # noqa: E402
 
 
@@ -224,8 +225,8 @@ def lengths(cfg, world, model):
 # --- The run ----------------------------------------------------------------------------------
 
 def check(cfg):
-    if not cfg.trace or cfg.world == "toy_random_labels":
-        raise UserError("analyse.py takes traces apart by their layout: it needs --trace true and "
+    if cfg.trace != "free" or cfg.world == "toy_random_labels":
+        raise UserError("analyse.py takes traces apart by their layout: it needs --trace free and "
                         "labels that are places in the list, not --world toy_random_labels")
     if not cfg.fast:
         raise UserError("analyse.py continues given texts, which the decoder of fast/ alone can: "

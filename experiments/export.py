@@ -2,7 +2,7 @@
 
     python experiments/export.py --config toy --into weights
 
-Copies the checkpoints of all finished stages without their optimisers, the weights in bfloat16, to
+Copies the checkpoints of stages without their optimisers, the weights in bfloat16, to
 <into>/<config>/seed<seed>/. Every script reads them there, with the same checks: --run_dir weights.
 Prints how many of the test users' answers change.
 """
@@ -21,13 +21,15 @@ import torch  # noqa: E402
 from evaluate import stage_decoder  # noqa: E402
 from plumbing.checkpoint import (checkpoint_path, checksum, finished_stages,  # noqa: E402
                                  load_stage, save_tensors)
-from plumbing.settings import Text  # noqa: E402
-from trainer import decode_split, load_world  # noqa: E402
+from plumbing.decoding import decode_split  # noqa: E402
+from plumbing.settings import Text, UserError  # noqa: E402
+from trainer import load_world  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Options:
     into: Text() = "weights"  # the folder that gets them
+    stages: Text() = "ar,cft"  # which ones, with commas
 
 
 def stripped(state, start):
@@ -48,7 +50,14 @@ def main(cfg, options):
     world = load_world(cfg)
     given = dataclasses.replace(cfg, run_dir=options.into)
     start = None
-    for stage, (model, state) in finished_stages(cfg, world).items():
+    wanted = [stage.strip() for stage in options.stages.split(",")]
+    finished = finished_stages(cfg, world)
+    missing = [stage for stage in wanted if stage not in finished]
+    if missing:
+        raise UserError(f"--stages: there is no finished {', '.join(missing)}; there are "
+                        f"{', '.join(finished)}")
+    for stage in wanted:
+        model, state = finished[stage]
         path = checkpoint_path(given, stage)
         save_tensors(path, stripped(state, start))
         rounded, _ = load_stage(given, stage, world)

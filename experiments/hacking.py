@@ -26,8 +26,9 @@ from config import folder  # noqa: E402
 from evaluate import score, stage_decoder  # noqa: E402
 from plumbing.checkpoint import (checkpoint_path, load_stage, log_path,  # noqa: E402
                                  save_atomically)
+from plumbing.decoding import decode_split  # noqa: E402
 from report.rows import write_text  # noqa: E402
-from trainer import decode_split, load_world  # noqa: E402
+from trainer import load_world  # noqa: E402
 
 WEAK_STEPS, STEPS, ALPHAS = 150, 40, (0.1, 0.5)
 HEAD = ["student", "bonus", "α", "valid, first and last fifth", "copied, first and last fifth",

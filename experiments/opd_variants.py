@@ -22,15 +22,16 @@ from data import (LABEL, MASK, PAD, draw_batch, in_answer, tensors,  # noqa: E40
                   token_weights)
 from diffusion import (decode_states, every_block, fill_last_block, predict_blocks,  # noqa: E402
                        take_blocks)
-from model import causal_hidden  # noqa: E402
+from model import Sampling, causal_hidden  # noqa: E402
+from ours.bound import mean_loss, requests  # noqa: E402
 from ours.labels import exclude_shown  # noqa: E402
 from ours.states import answer_blocks, state_weights  # noqa: E402
 from plumbing.checkpoint import device_of, load_stage, start_from  # noqa: E402
-from plumbing.settings import OneOf, Real, Switch, Text  # noqa: E402
+from plumbing.settings import OneOf, Real, Switch, Text, UserError  # noqa: E402
 from plumbing.teacher import teacher_responses  # noqa: E402
 from sampler import NEVER, Decoded  # noqa: E402
 from trainer import Run, autocast, load_world, rng_for, roll_out, valid_rate  # noqa: E402
-from train_cft import anchor_loss, training_responses, validate  # noqa: E402
+from train_cft import batch_loss, training_responses, validate  # noqa: E402
 from train_opd import divergence, draw_steps  # noqa: E402
 
 
@@ -120,6 +121,8 @@ def variant_loss(cfg, options, student, teacher, prompt, decoded, rng):
 
 
 def main(cfg, options):
+    if cfg.opd_group > 1:
+        raise UserError("the variants are of one roll-out a prompt: use --opd_group 1")
     cfg = VariantConfig(**vars(cfg), opd_variant=repr(options))
     world = load_world(cfg)
     teacher, _ = load_stage(cfg, "ar", world)
@@ -134,19 +137,22 @@ def main(cfg, options):
         rows = draw_batch(n_prompts, cfg.batch_size, rng)
         prompt, _ = tensors(world.train, rows, device_of(cfg))
         if options.source == "teacher":
-            decoded = as_decoded(own[rows].to(prompt.device), cfg.block_size, rng)
+            parts = [(how, read, as_decoded(written, how.block_size, rng))
+                     for how, read, written in requests(cfg, prompt, own[rows].to(prompt.device))]
         else:
-            decoded = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau,
-                               options.rollout_temperature, rng)
+            parts = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau,
+                             Sampling(options.rollout_temperature, rng))
 
-        loss = distance = variant_loss(cfg, options, student, teacher, prompt, decoded, rng)
+        losses = [variant_loss(how, options, student, teacher, read, decoded, rng)
+                  for how, read, decoded in parts]
+        loss = distance = mean_loss(parts, losses)
         if cfg.opd_anchor:
-            anchor = anchor_loss(cfg, world, student, responses, rng)
+            anchor = batch_loss(cfg, world, student, responses, rng)
             loss = distance + cfg.opd_anchor * anchor
         log = run.update(loss)
 
         log |= {"divergence": distance.item(),
-                "rollout_valid": valid_rate(decoded.tokens, world.train, rows)}
+                "rollout_valid": valid_rate(parts[-1][-1].tokens, world.train, rows)}
         if run.time_to_validate():
             log |= validate(cfg, world, student)
         run.log(**log)

@@ -4,7 +4,8 @@ samplers of diffusers and Fast-dLLM.
 Nothing here is needed to train or evaluate. What is not installed is left out, with the reason
 (`missing`, `fast_dllm`): pip install transformers diffusers; git clone
 https://github.com/NVlabs/Fast-dLLM, and the environment variable FAST_DLLM names that folder.
-Every decoder is prompt (N, P), padded on the left -> tokens (N, R), [PAD] after the first [EOS].
+Every decoder is prompt (N, P), padded on the left -> tokens (N, R), [PAD] after the first [EOS]:
+one request, with --trace bound the trace's.
 Models are FastGPTs, whose forward says which slots of a cache it writes.
 """
 import copy
@@ -23,7 +24,7 @@ from data import EOS, MASK, PAD
 from fast.gpt import SlotCache
 from model import ar_decode, causal_hidden, pad_left
 from sampler import Threshold, block_decode
-from trainer import decode
+from trainer import rule_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: the weights are ours
 GUESSES = (4, 10)  # tokens that prompt lookup guesses at once
@@ -330,7 +331,8 @@ def against_lookup(bench, hf):
         return lambda prompt: generate(hf, prompt, bench.max_len, guess=n)
 
     def student(prompt):
-        return decode(bench.cfg, bench.student, prompt, bench.max_len).tokens
+        return block_decode(bench.student, prompt, bench.max_len, bench.cfg.block_size,
+                            rule_of(bench.cfg)).tokens
 
     jobs = {f"own, {n} guessed": own(n) for n in GUESSES}
     if hf:

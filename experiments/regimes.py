@@ -2,7 +2,9 @@
 
     python experiments/regimes.py --config toy_few --regime few_300 --seeds 0,1,2
     python experiments/regimes.py --config toy_paper --regime paper
-    python experiments/regimes.py --config toy --regime wording --wording statement --run_dir runs/w
+    python experiments/regimes.py --config toy --world toy_expert --regime expert
+    python experiments/regimes.py --config toy --commit threshold --regime parallel
+    python experiments/regimes.py --config toy --trace free --wording statement --regime wording
 
 A regime is a few students: a stage script, the student that it goes on from, options. Each is
 decoded on the validation and on the test users at several thresholds. A claim holds a stage
@@ -41,10 +43,11 @@ from evaluate import paired_interval, score  # noqa: E402
 from ours.wording import consistency  # noqa: E402
 from plumbing.checkpoint import (checkpoint_path, load_stage, load_tensors,  # noqa: E402
                                  save_tensors)
+from plumbing.decoding import decode_split  # noqa: E402
 from plumbing.settings import Text, UserError  # noqa: E402
 from report.options import finished_seeds  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
-from trainer import decode, decode_split, load_world  # noqa: E402
+from trainer import decode, load_world  # noqa: E402
 
 TAUS = (0.3, 0.5, 0.9)
 FINER = (0.2, 0.3, 0.5, 0.9)  # where few forwards are the point
@@ -52,9 +55,10 @@ MEASURED = ("valid", "strict ndcg@10", "strict recall@1", "served ndcg@10", "fai
             "one wording", "tokens", "forwards")
 MORE_CFT = 1.5  # steps of CFT that take the FLOPs of a step of OPD, without anchors
 MORE_OPD = 10   # steps of OPD that take the time of a roll-out of RL
+MORE_AR = 5     # steps of AR that take the FLOPs of a roll-out of RL, of 256 answers
 FORWARDS = {"toy": 46, "beauty": 75}  # that a response takes the teacher, one after the other
-MOST = 3.5      # forwards that the regime "parallel" allows for the three blocks of the toy
-PARALLEL_CFT, PARALLEL_OPD = 480, 360  # steps that take the time of its 60 roll-outs of RL
+MOST = {"toy": 3.6, "beauty": 3.6}  # forwards that the regime "parallel" allows for 3 blocks
+PARALLEL_CFT, PARALLEL_OPD = 500, 350  # steps that take the time of its 100 roll-outs of RL
 MORE = 1.02  # forwards that a control may take, as a multiple of the stage's
 
 
@@ -102,6 +106,11 @@ def rl(after, **options):
 def ar(block_size):
     """The AR teacher: decoded as such at block size 1, else the naive conversion."""
     return Student("ar", "", dict(block_size=block_size))
+
+
+def from_text(after="", **options):
+    """A model trained as the teacher is, in a folder of its own."""
+    return Student("ar", after, dict(block_size=1, **options))
 
 
 def few(cfg, n):
@@ -170,32 +179,58 @@ def wording(cfg):
 
 
 def parallel(cfg):
-    """Decoding more parallel than training: three blocks in hardly more than three forwards, by
-    the paper's rule. Run it with --commit threshold.
+    """Decoding more parallel than training: hardly more than a forward a block, by the paper's
+    rule. Run it with --commit threshold.
 
     Marginals may be right and the answer wrong: slots that are drawn at once collide, whatever
     the text they learned from. Controls of RL, as long as it takes: CFT; OPD, whose roll-outs are
     as fast."""
-    fast = dict(opd_tau=0.5, rl_tau=0.5)
+    group = dict(rl_prompts=16, rl_group=16, rl_steps=100, rl_lr=3e-4, rl_anchor=0.0, rl_tau=0.2)
     students = {
         "AR": ar(1),
-        "CFT": cft(cft_steps=600),
-        "RL": rl("CFT", **fast, rl_lr=5e-4, rl_steps=60),
+        "CFT": cft(),
+        "RL": rl("CFT", **group),
         "more CFT": cft("CFT", cft_steps=PARALLEL_CFT),
-        "OPD": opd("CFT", **fast, opd_anchor=0.0, opd_lr=5e-4, opd_steps=PARALLEL_OPD)}
-    return students, [Claim("RL", ("CFT", "more CFT", "OPD"), MOST),
-                      Claim("OPD", ("CFT", "more CFT"), MOST)]
+        "OPD": opd("CFT", opd_tau=0.2, opd_anchor=0.0, opd_lr=5e-4, opd_steps=PARALLEL_OPD)}
+    most = MOST[cfg.world.split("_")[0]]
+    return students, [Claim("RL", ("CFT", "more CFT", "OPD"), most),
+                      Claim("OPD", ("CFT", "more CFT"), most)]
 
 
-REGIMES = {"paper": paper, "wording": wording, "parallel": parallel}
+def expert(cfg):
+    """A teacher that has learned from an expert who errs, and RL on what the users took. Run it
+    with --world toy_expert or beauty_expert.
+
+    Control of RL, of its FLOPs: the expert's text for longer. "AR targets" is a bound, no control:
+    it is told for every training list what the user took. CFT converts teachers on their own
+    responses: does the gain survive?"""
+    group = dict(rl_prompts=16, rl_group=16, rl_steps=100, rl_lr=3e-4, rl_anchor=0.0)
+    own = dict(cft_gold=False, cft_prompts=3000)
+    students = {
+        "AR": ar(1),
+        "RL": rl("AR", block_size=1, **group),
+        "more AR": from_text("AR", ar_steps=MORE_AR * group["rl_steps"], ar_lr=1e-3),
+        "AR targets": from_text(world=cfg.world.replace("expert", "target")),
+        "CFT of AR": cft(**own),
+        "CFT of RL": Student("cft", "RL", own, teacher="RL")}
+    return students, [Claim("RL", ("AR", "more AR", "AR targets")),
+                      Claim("CFT of RL", ("CFT of AR",))]
+
+
+REGIMES = {"paper": paper, "wording": wording, "parallel": parallel, "expert": expert}
 
 
 # --- Training and decoding --------------------------------------------------------------------
 
+def is_teacher(student):
+    """Whether it is the run's own teacher, decoded in some way."""
+    return student.stage == "ar" and not student.after and list(student.options) == ["block_size"]
+
+
 def settings(cfg, regime, students, name):
     """The settings of a student, all of them: a Config."""
     student = students[name]
-    if student.stage == "ar":
+    if is_teacher(student):
         return dataclasses.replace(cfg, **student.options)
 
     def checkpoint(name):
@@ -206,7 +241,7 @@ def settings(cfg, regime, students, name):
     return dataclasses.replace(
         cfg, **student.options,
         init=checkpoint(student.after) if student.after else "",
-        teacher=checkpoint(student.teacher) if student.teacher else checkpoint_path(cfg, "ar"),
+        teacher="" if student.stage == "ar" else checkpoint(student.teacher or "AR"),
         run_dir=folder(cfg, "regimes", regime, place))
 
 
@@ -218,8 +253,9 @@ def trained(cfg, regime, students, name):
             trained(cfg, regime, students, other)
     own = settings(cfg, regime, students, name)
     finished = os.path.exists(points_path(own, student))
-    if student.stage == "ar":
-        finished = finished or os.path.exists(checkpoint_path(own, "ar"))
+    if is_teacher(student):
+        path = checkpoint_path(own, "ar")
+        finished = finished or os.path.exists(path) and load_tensors(path)["finished"]
     if not finished:
         share_world(cfg, own)
         changed = {"config": cfg.config, "seed": cfg.seed, **overrides(own), "init": own.init,

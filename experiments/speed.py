@@ -33,8 +33,10 @@ from data import ANSWER, EOS, LABEL, NONE, PAD, PROFILE, tensors  # noqa: E402
 from evaluate import score, stage_decoder  # noqa: E402
 from fast.gpt import FastGPT, SlotCache  # noqa: E402
 from model import ar_decode  # noqa: E402
-from plumbing.checkpoint import (device_of, last_student, load_stage, new_model,  # noqa: E402
-                                 save_atomically, start_from)
+from ours.bound import answer_length, for_answer, trace_length  # noqa: E402
+from plumbing.checkpoint import (device_of, last_student, load_stage, load_tensors,  # noqa: E402
+                                 new_model, save_atomically, start_from)
+from plumbing.decoding import decode_split  # noqa: E402
 from plumbing.settings import Numbers, Real, Text, UserError, Whole  # noqa: E402
 from report.beside import parse_beside  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
@@ -42,7 +44,7 @@ from report.speed import device_name, in_turn, prompts_of_round  # noqa: E402
 from rules import Steps  # noqa: E402
 from sampler import block_decode  # noqa: E402
 from speed_table import figure, markdown  # noqa: E402
-from trainer import decode, decode_split, load_world  # noqa: E402
+from trainer import ar_write, decode, load_world  # noqa: E402
 from training import training  # noqa: E402
 
 BATCHES, LENGTHS, BLOCKS = (1, 4, 16, 64, 256), (64, 128, 256, 512, 1024), (4, 8, 16, 32)
@@ -118,6 +120,18 @@ def evidence_tokens(tokens, n_labels):
     return (before & ~label & ~np.isin(tokens, (PROFILE, NONE, PAD))).sum(1)
 
 
+def blocks_of(cfg, world, tokens):
+    """How many blocks responses (N, R) take -> (N,). The [EOS] of a trace that is a request of its
+    own is no token of a response, but may take a block."""
+    written, B = tokens != PAD, cfg.block_size
+    if cfg.trace != "bound":
+        return -(-written.sum(1) // B)
+    longest = -(-trace_length(cfg, world.max_response) // B) * B
+    trace, answer = written[:, :longest].sum(1), written[:, longest:].sum(1)
+    of_trace = np.minimum(trace // B + 1, longest // B)
+    return of_trace + -(-answer // for_answer(cfg).block_size)
+
+
 def counts(cfg, world, model, users=None):
     """What the student writes at the operating point, for the first users: tokens and evidence
     tokens a forward, forwards a response, share of valid answers."""
@@ -126,7 +140,7 @@ def counts(cfg, world, model, users=None):
     tokens, forwards = decode_split(cfg, split, decoder,
                                     f"block size {cfg.block_size}, tau {cfg.tau}")
     written = (tokens != PAD).sum(1)                              # (N,)
-    blocks = -(-written // cfg.block_size)
+    blocks = blocks_of(cfg, world, tokens)
     n = forwards.sum()
     return {"n_users": len(split), "tokens_per_forward": float(written.sum() / n),
             "evidence_tokens_per_forward":
@@ -143,13 +157,19 @@ def efficiency(cfg, model, P, count, speedup, seconds):
 
     The cost is the mean measured time of the student's bare forwards over that of AR's, each width
     as often as it occurs in a response: P + B or P once (the prompt), 2 B where a block opens and
-    stores the one before, B inside a block, 1 in AR. On a GPU the window is always 2 B wide."""
+    stores the one before, B inside a block, 1 in AR. On a GPU the window is always 2 B wide. With
+    --trace bound the trace is a second prompt."""
     B = cfg.block_size
     L, F, blocks = (count[f"{name}_per_response"] for name in ("tokens", "forwards", "blocks"))
-    t = forward_seconds(cfg, model, 1, (1, B, 2 * B, P, P + B), P + B + int(L), seconds)
+    read = [P]
+    if cfg.trace == "bound":
+        read.append(max(1, round(L) - answer_length(cfg)))
+    widths = {1, B, 2 * B, *read, *(n + B for n in read)}
+    t = forward_seconds(cfg, model, 1, sorted(widths), P + B + int(L), seconds)
     inside = 0 if device_of(cfg).type == "cuda" else F - blocks
-    student = (t[P + B] + (F - 1 - inside) * t[2 * B] + inside * t[B]) / F
-    ar = (t[P] + (L - 1) * t[1]) / L
+    student = sum(t[n + B] for n in read) + (F - len(read) - inside) * t[2 * B] + inside * t[B]
+    student /= F
+    ar = (sum(t[n] for n in read) + (L - 1) * t[1]) / L
     cost = student / ar
     return {"efficiency_b1": speedup / (count["tokens_per_forward"] / cost), "cost_ratio": cost,
             "cost_ratio_block_to_1": t[B] / t[1],
@@ -320,21 +340,24 @@ def curves(cfg, options, world, teacher, student, count):
 def decoders(cfg, world, teacher, student, others=None):
     """{name: decode(prompt) -> tokens} of AR, the student at the operating point, and the AR
     models of other runs."""
-    def ar(model):
-        return lambda prompt: ar_decode(model, prompt, world.max_response)[0]
+    def ar(model, trace):
+        own = dataclasses.replace(cfg, trace=trace)
+        return lambda prompt: ar_write(own, model, prompt, world.max_response).tokens
 
-    out = {"ar": ar(teacher),
+    out = {"ar": ar(teacher, cfg.trace),
            "student": lambda prompt: decode(cfg, student, prompt, world.max_response).tokens}
-    return out | {name: ar(model) for name, model in (others or {}).items()}
+    return out | {name: ar(*other) for name, other in (others or {}).items()}
 
 
 def beside(cfg, options, world):
-    """AR models of other runs, named as for evaluate.py: {name: model} of every name=folder:ar."""
+    """AR models of other runs, named as for evaluate.py: {name: (model, its setting `trace`)} of
+    every name=folder:ar."""
     out = {}
     for name, where, stage in parse_beside(options.beside):
         if stage == "ar":
             path = os.path.join(where, f"seed{cfg.seed}", "ar", "checkpoint.pt")
-            out[name] = start_from(dataclasses.replace(cfg, init=path), world, None)
+            model = start_from(dataclasses.replace(cfg, init=path), world, None)
+            out[name] = model, load_tensors(path)["settings"]["trace"]
     return out
 
 
@@ -378,7 +401,10 @@ def measure_all(cfg, options, world):
     P = round(float((world.test.prompt != PAD).sum(1).mean()))
     run |= efficiency(cfg, student, P, count, run["speedup_b1"], seconds)
     models, measure = (teacher, student), clock(cfg, world, 3 * seconds)
-    run |= peers.compare(cfg, world.max_response, models, measure, ratio)
+    longest = world.max_response
+    if cfg.trace == "bound":  # peers write the first request: the trace
+        longest = trace_length(cfg, longest)
+    run |= peers.compare(cfg, longest, models, measure, ratio)
     lines, run["cost"] = curves(cfg, options, world, teacher, student, count)
     run["training"] = training(cfg, world)
     run["seconds"] = time.perf_counter() - start

@@ -28,7 +28,7 @@ PARTS = {  # stage: what is timed, name -> (where a function is looked up, its n
             **UPDATE},
     "opd": {"roll-out": (train_opd, "roll_out"),
             "divergence: student and teacher read": (train_opd, "opd_loss"),
-            "CFT loss": (train_opd, "anchor_loss"), **UPDATE},
+            "CFT loss": (train_opd, "batch_loss"), **UPDATE},
     "rl": {"roll-out": (train_rl, "roll_out"), "replay": (train_rl, "replay_logp"),
            "divergence": (train_rl, "opd_loss"), **UPDATE}}
 

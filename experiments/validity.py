@@ -26,11 +26,12 @@ from config import folder  # noqa: E402
 from data import parse_answers  # noqa: E402
 from evaluate import stage_decoder  # noqa: E402
 from plumbing.checkpoint import finished_stages  # noqa: E402
+from plumbing.decoding import decode_split  # noqa: E402
 from plumbing.settings import Text  # noqa: E402
 from report.options import finished_seeds  # noqa: E402
 from report.rows import write_text  # noqa: E402
 from toy.world import toy_split  # noqa: E402
-from trainer import decode_split, load_world  # noqa: E402
+from trainer import load_world  # noqa: E402
 
 TOY_LISTS = 20000
 FRESH = 8  # the number of a toy split that nothing else uses

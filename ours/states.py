@@ -13,7 +13,10 @@ from data import ANSWER, PAD
 
 def answer_blocks(response, block_size, times):
     """The blocks with the answers of responses (N, R), named `times` times each: (N, E)."""
-    first = ((response == ANSWER).int().argmax(1) + 1) // block_size   # (N,)
+    is_answer = response == ANSWER
+    if not is_answer.any():  # the first part of ours/bound.py
+        return torch.zeros(len(response), 0, dtype=torch.long, device=response.device)
+    first = (is_answer.int().argmax(1) + 1) // block_size         # (N,)
     last = ((response != PAD).sum(1) - 1) // block_size
     # A row with fewer blocks names its last one again: share_weight makes up for it.
     span = torch.arange(int((last - first).max()) + 1, device=response.device)

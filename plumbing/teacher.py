@@ -4,11 +4,11 @@ import os
 import numpy as np
 import torch
 
-from data import PAD, parse_answers
-from model import ar_decode
+from data import PAD, pack, parse_answers
 from plumbing.checkpoint import (checkpoint_path, checksum, load_stage, load_tensors,
                                  save_tensors)
-from trainer import decode_split
+from plumbing.decoding import decode_split
+from trainer import ar_write
 
 
 def teacher_responses(cfg, world, n):
@@ -30,11 +30,13 @@ def teacher_responses(cfg, world, n):
 def decode_teacher(cfg, world, teacher, split):
     """-> tokens (N, R), the reference in place of invalid answers."""
     def decoder(prompt, rows):
-        tokens, _, forwards = ar_decode(teacher, prompt, world.max_response)
-        return tokens, forwards
+        decoded = ar_write(cfg, teacher, prompt, world.max_response)
+        return decoded.tokens, decoded.forwards
 
     tokens, _ = decode_split(cfg, split, decoder, "teacher responses")
-    wider = ((0, 0), (0, tokens.shape[1] - split.response.shape[1]))
-    reference = np.pad(split.response, wider, constant_values=PAD)
+    tokens = pack(tokens, left=False)  # with --trace bound [PAD] stands before <answer>
+    width = max(tokens.shape[1], split.response.shape[1])
+    tokens, reference = (np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=PAD)
+                         for rows in (tokens, split.response))
     valid = parse_answers(tokens, split.incoming).valid
     return np.where(valid[:, None], tokens, reference)

@@ -1,9 +1,9 @@
 """Constrained decoding, for a reference row only: an answer can be nothing but a permutation.
 
 What the paper's model does not need, and what it would cost or gain. The response has the layout
-of the rule: its trace length, <answer>, the labels of the list, [EOS]. Labels are assigned to the
-answer's open slots greedily, the surest first; a label that is used or assigned is closed to all
-other slots.
+of the rule: its trace length, <answer>, the labels of the list, [EOS]; with --trace bound this is
+asked of the second request only. Labels are assigned to the answer's open slots greedily, the
+surest first; a label that is used or assigned is closed to all other slots.
 """
 import dataclasses
 
@@ -13,6 +13,7 @@ import torch
 from data import ANSWER, EOS, LABEL, PAD
 from fast.decode import fast_block_decode
 from fast.gpt import FastGPT
+from ours.bound import joined, write
 from plumbing.checkpoint import new_model
 from trainer import rule_of
 
@@ -23,10 +24,9 @@ class Permutations:
     """constrain(logits, response, slots, rows) -> logits, for the decoder of fast/decode.py.
 
     split: the users of the batch. A response of theirs has its answer in slots start, ...,
-    start + length - 1."""
+    start + length - 1. trace_tokens (N,) stand before <answer>."""
 
-    def __init__(self, world, split, device):
-        trace_tokens = (split.trace != PAD).sum(1)
+    def __init__(self, world, split, trace_tokens, device):
         self.start = torch.from_numpy(trace_tokens + 1).to(device)[:, None]        # (N, 1)
         self.length = torch.from_numpy(split.list_length).to(device)[:, None]      # (N, 1)
         self.words = torch.arange(len(world.words), device=device)
@@ -63,6 +63,12 @@ class Permutations:
         return free[..., None] & (self.listed[rows] & ~used)[:, None]
 
 
+def no_answer(logits, *_):
+    """A constraint for the trace of a bound ranking: nothing in it is taken for the answer."""
+    logits[..., ANSWER] = CLOSED
+    return logits
+
+
 def assigned(p, n):
     """n times the surest pair of a slot and a label that are both free: p (n_rows, B, n_labels)
     -> bool, as p."""
@@ -84,6 +90,13 @@ def constrained_decode(cfg, world, model, prompt, rows):
         twin = new_model(dataclasses.replace(cfg, fast=True), world)
         twin.load_state_dict(model.state_dict())
         model = twin.eval()
-    only = Permutations(world, world.test.take(rows), prompt.device)
-    return fast_block_decode(model, prompt, world.max_response, cfg.block_size, rule_of(cfg),
-                             constrain=only)
+    split = world.test.take(rows)
+    bound = cfg.trace == "bound"
+    trace_tokens = np.zeros(len(split), int) if bound else (split.trace != PAD).sum(1)
+    only = Permutations(world, split, trace_tokens, prompt.device)
+
+    def decoder(own, read, max_len, _):
+        constrain = no_answer if bound and read is prompt else only
+        return fast_block_decode(model, read, max_len, own.block_size, rule_of(own),
+                                 constrain=constrain)
+    return joined(write(cfg, decoder, prompt, world.max_response))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import ANSWER, CANDIDATES, EOS, LABEL, NONE, PAD, statements
-from model import ar_decode
-from sampler import NEVER, block_decode
+from sampler import NEVER
+from trainer import ar_write, decode
 
 ROUNDS = 3  # every decode is timed so often
 
@@ -51,13 +51,16 @@ class User:
 
 @dataclass
 class Written:
-    """One response, and when each of its tokens stood there."""
+    """One response, and when each of its tokens stood there.
+
+    With --trace bound a student's has [PAD] where the trace's last block is not used."""
     name: str
     tokens: np.ndarray   # (R,) up to its [EOS]
     step: np.ndarray     # (R,) the step of its block that committed it; 0 for AR
-    forward: np.ndarray  # (R,) the forward that wrote it
+    forward: np.ndarray  # (R,) the forward that wrote it, -1 where none did
     ends: np.ndarray     # (F,) milliseconds until each forward was done
     block_size: int      # 0 for AR
+    slots: int           # of its blocks: R or more
 
     @property
     def at(self):
@@ -93,21 +96,33 @@ def timed(model, write):
     return result, 1000 * np.median(taken, axis=0).cumsum()
 
 
-def ar_writes(model, prompt, max_len):
+def ar_writes(cfg, model, prompt, max_len):
     """A teacher's response to one prompt (1, P) -> Written."""
-    (tokens, _, forwards), ends = timed(model, lambda: ar_decode(model, prompt, max_len))
-    tokens = tokens[0, :int(forwards)].cpu().numpy()
-    return Written("ar", tokens, np.zeros(len(tokens), int), np.arange(len(tokens)), ends, 0)
+    decoded, ends = timed(model, lambda: ar_write(cfg, model, prompt, max_len))
+    tokens, step = opened(decoded, 1)
+    written = tokens != PAD  # with --trace bound all but the [EOS] of the trace
+    tokens, forward = tokens[written], forward_of(step, 1)[written]
+    return Written("ar", tokens, step[written], forward, ends, 0, len(tokens))
 
 
-def student_writes(name, model, prompt, max_len, block_size, rule):
-    """A student's response to one prompt (1, P) -> Written."""
-    decoded, ends = timed(model, lambda: block_decode(model, prompt, max_len, block_size, rule))
-    step = decoded.commit_step[0].cpu().numpy()
-    tokens = decoded.tokens[0].cpu().numpy()
-    forward = forward_of(step, block_size)
-    length = int((tokens != PAD).sum())
-    return Written(name, tokens[:length], step[:length], forward[:length], ends, block_size)
+def student_writes(cfg, name, model, prompt, max_len, tau):
+    """A student's response to one prompt (1, P), at a threshold -> Written."""
+    decoded, ends = timed(model, lambda: decode(cfg, model, prompt, max_len, tau))
+    tokens, step = opened(decoded, cfg.block_size)
+    forward = forward_of(step, cfg.block_size)
+    step = np.where(tokens == PAD, 0, step)
+    length = int(np.flatnonzero(tokens != PAD)[-1]) + 1
+    return Written(name, tokens[:length], step[:length], forward[:length], ends, cfg.block_size,
+                   len(tokens))
+
+
+def opened(decoded, block_size):
+    """Tokens and commit steps (R,) of the one response of a Decoded, without blocks that no
+    forward has opened: with --trace bound the answer's may come after some."""
+    tokens, step = (x[0].cpu().numpy() for x in (decoded.tokens, decoded.commit_step))
+    block = np.arange(len(step)) // block_size  # the last block may be narrower
+    there = np.isin(block, block[step != NEVER])
+    return tokens[there], step[there]
 
 
 def forward_of(step, block_size):

@@ -16,8 +16,11 @@ import torch
 from config import STAGES, folder
 from data import PAD, tensors
 from diffusion import block_mask
+from ours.bound import answer_length
 from plumbing.checkpoint import device_of, finished_stages, log_path, save_atomically
+from report.denoise import opened
 from report.speed import BATCHES, speed
+from sampler import NEVER
 from trainer import decode
 
 COLOURS = {"ar": "#333333", "naive": "#b0b0b0", "cft": "#1f77b4", "opd": "#2ca02c",
@@ -188,7 +191,8 @@ def throughput_figure(cfg, options, world, models):
     """Tokens a second of AR and of the last student, by the length of what they write."""
     last = list(models)[-1]
     B, most = cfg.block_size, world.max_response
-    lengths = [n for n in (B, 2 * B, 4 * B) if n < most] + [most]
+    least = answer_length(cfg) if cfg.trace == "bound" else 0     # the rest is the trace's
+    lengths = [n for n in (B, 2 * B, 4 * B) if least < n < most] + [most]
     fig, axes = pyplot().subplots(1, 2, figsize=(10, 4))
     for ax, batch in zip(axes, BATCHES):
         timing = [speed(cfg, world, models["ar"], models[last], batch,
@@ -219,12 +223,11 @@ def denoising_figure(cfg, world, model, user=0, tau=None):
     Returns the figure, a function that hides what came after (block, step), and these pairs in
     the order of the forwards."""
     prompt, _ = tensors(world.test, range(user, user + 1), device_of(cfg))
-    decoded = decode(cfg, model, prompt, world.max_response, tau)
     B = cfg.block_size
-    tokens = decoded.tokens[0].cpu().numpy().reshape(-1, B)
-    steps = decoded.commit_step[0].cpu().numpy().reshape(-1, B)
-    used = (tokens != PAD).any(1)
-    tokens, steps = tokens[used], steps[used]
+    tokens, steps = opened(decode(cfg, model, prompt, world.max_response, tau), B)
+    narrower = (0, -len(tokens) % B)  # the last block, with --trace bound
+    tokens = np.pad(tokens, narrower, constant_values=PAD).reshape(-1, B)
+    steps = np.pad(steps, narrower, constant_values=NEVER).reshape(-1, B)
     words = [[short(world.words[token]) for token in row] for row in tokens]
     width = 0.35 + 0.075 * max(len(word) for row in words for word in row)
     fig, ax = pyplot().subplots(figsize=(max(6, width * B), 0.55 * len(tokens) + 1.2))
@@ -232,6 +235,8 @@ def denoising_figure(cfg, world, model, user=0, tau=None):
     ax.set(xlim=(0, B), ylim=(len(tokens), 0), yticks=np.arange(len(tokens)) + 0.5,
            yticklabels=names, xticks=[], title=" ")
     cells = draw_cells(ax, words, np.where(tokens != PAD, steps, -1))
+    for i, j in zip(*np.nonzero(steps != NEVER)):  # a forward may write nothing that stays
+        cells.setdefault((int(i), int(steps[i, j])), [])
     fig.tight_layout()
     n_tokens = int((tokens != PAD).sum())
 

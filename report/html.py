@@ -23,10 +23,11 @@ from plumbing.script import script  # noqa: E402  before torch: see there
 from config import folder  # noqa: E402
 from data import (CANDIDATES, HISTORY, LABEL, LAST, PAD, parse_answers,  # noqa: E402
                   tensors)
+from ours.bound import joined, write  # noqa: E402
 from plumbing.checkpoint import (device_of, finished_stages, last_student,  # noqa: E402
                                  save_atomically)
 from plumbing.settings import Numbers, UserError, Whole  # noqa: E402
-from report.denoise import (ar_writes, checked, forward_of, student_writes,  # noqa: E402
+from report.denoise import (ar_writes, checked, forward_of, opened, student_writes,  # noqa: E402
                             unsaid, user_of, wrong_labels)
 from report.speed import device_name  # noqa: E402
 from sampler import block_decode  # noqa: E402
@@ -93,15 +94,18 @@ def response_data(user, written, vocabulary):
         "order": vocabulary.of(order + LABEL)}
 
 
-def thoughts(model, prompt, max_len, block_size, rule):
+def thoughts(cfg, model, prompt, max_len, tau):
     """What a student thinks while it writes: for each forward {slot: [(token, probability)]}.
-    prompt (1, P); the slots are those of the response that were open."""
-    recorder = Recorder(rule)
-    decoded = block_decode(model, prompt, max_len, block_size, recorder)
-    forward = forward_of(decoded.commit_step[0].cpu().numpy(), block_size)
+    prompt (1, P); the slots are those of Written that were open."""
+    recorder, B = Recorder(rule_of(cfg, tau)), cfg.block_size
+
+    def decoder(own, read, max_len, _):
+        return block_decode(model, read, max_len, own.block_size, recorder)
+    decoded = joined(write(cfg, decoder, prompt, max_len))
+    forward = forward_of(opened(decoded, B)[1], B)
     out = []
     for number, slots in enumerate(recorder.forwards):
-        begin = int((forward == number).argmax()) // block_size * block_size
+        begin = int((forward == number).argmax()) // B * B
         out.append({begin + slot: best for slot, best in slots.items()})
     return out
 
@@ -109,12 +113,11 @@ def thoughts(model, prompt, max_len, block_size, rule):
 def student_data(user, written, thought, vocabulary):
     """response_data of a student, and what it thought at each forward: of each open slot
     [slot, token, thousandths, token, thousandths, ...], the best first."""
-    B = written.block_size
     # Cut, not rounded: so they never sum to more than 1.
     top = [[[slot, *(x for token, p in best for x in (vocabulary[token], int(1000 * p)))]
             for slot, best in slots.items()] for slots in thought]
     return {**response_data(user, written, vocabulary), "top": top,
-            "slots": -(-len(written.tokens) // B) * B}
+            "slots": written.slots}
 
 
 def history_of(user, vocabulary):
@@ -132,14 +135,14 @@ def page_data(cfg, options, world, models):
     del students["ar"]
 
     def run(user, name, prompt, tau):
-        how = prompt, world.max_response, cfg.block_size, rule_of(cfg, tau)
-        written = student_writes(name, students[name], *how)
-        return student_data(user, written, thoughts(students[name], *how), vocabulary)
+        how = students[name], prompt, world.max_response, tau
+        written = student_writes(cfg, name, *how)
+        return student_data(user, written, thoughts(cfg, *how), vocabulary)
 
     for n in range(options.user - 1, min(len(world.test), options.user - 1 + options.users)):
         user = user_of(world, n)
         prompt, _ = tensors(world.test, range(n, n + 1), device_of(cfg))
-        ar = ar_writes(models["ar"], prompt, world.max_response)
+        ar = ar_writes(cfg, models["ar"], prompt, world.max_response)
         runs = {name: {tau: run(user, name, prompt, tau) for tau in taus} for name in students}
         candidates = [vocabulary.of(part) for part in user.candidates.values()]
         target = vocabulary[user.taken] if user.taken is not None else None

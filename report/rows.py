@@ -16,7 +16,8 @@ from plumbing.processes import RANK
 from report.speed import NO_TIMING, device_name
 from report.table import markdown
 
-SCORED = ("ar", "naive", "cft", "opd", "rl", "constrained")  # rows of the table, in order
+# The rows of the table, in order.
+SCORED = ("ar", "naive", "cft", "opd", "rl", "constrained", "lossless")
 COMPARED = ("ar", "prerank", "cft", "opd")  # rows that the others are compared with
 PER_USER = ("valid", "duplicated", "dropped", "out_of_set", "faithful", "identity",
             "trace_tokens", "forwards")
@@ -41,6 +42,7 @@ class Result:
 def known_orders(cfg, world):
     """Rankings of the test users that nobody has to decode: {row: order (N, K)}."""
     best = "oracle" if cfg.world.startswith("toy") else "writer"
+    best = {"expert": "expert", "target": "target first"}.get(cfg.world.split("_")[-1], best)
     return {"prerank": world.test.incoming, best: world.test.order, **world.references}
 
 

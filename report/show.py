@@ -25,7 +25,6 @@ from data import ANSWER, CANDIDATES, LABEL, PAD, faithfulness, parse_answers, te
 from plumbing.checkpoint import device_of, last_student, load_stage, read_checkpoint
 from report.denoise import (Written, answer_start, ar_writes, checked, student_writes, unsaid,
                             user_of, wrong_labels)
-from trainer import rule_of
 
 SECONDS = 4.0  # an animation takes so long
 COLUMN = 32    # narrower columns are not put beside each other
@@ -54,9 +53,8 @@ def show(cfg, world, n_users):
         prompt, _ = tensors(world.test, range(n, n + 1), device_of(cfg))
         written = []
         if teacher:
-            written.append(ar_writes(teacher, prompt, world.max_response))
-        written.append(student_writes(stage, student, prompt, world.max_response, cfg.block_size,
-                                      rule_of(cfg)))
+            written.append(ar_writes(cfg, teacher, prompt, world.max_response))
+        written.append(student_writes(cfg, stage, student, prompt, world.max_response, cfg.tau))
         user = user_of(world, n)
         print(f"\n{'═' * line_width()}\nuser {n + 1}: {world.test.list_length[n]} candidates\n")
         show_prompt(user.words, user.prompt)
@@ -85,7 +83,8 @@ def show_verdict(user, columns):
         answers = parse_answers(tokens, user.incoming[None])
         true = faithfulness(user.plain(tokens), user.trace[None], user.n_labels)[0]
         verdict = "valid" if answers.valid[0] else paint("✗", RED) + " invalid"
-        print(f"  {written.name:<5}{len(written.tokens)} tokens in {len(written.ends)} forwards, "
+        n_tokens = int((tokens != PAD).sum())
+        print(f"  {written.name:<5}{n_tokens} tokens in {len(written.ends)} forwards, "
               f"{written.ends[-1]:.1f} ms: {verdict}, {100 * true:.0f}% of the statements true")
         if user.target >= 0:
             places[written.name] = answers.order[0].tolist().index(user.target) + 1

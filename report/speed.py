@@ -6,10 +6,10 @@ import torch
 
 from config import STAGES
 from data import PAD, tensors
-from model import ar_decode
 from plumbing.checkpoint import device_of
 from plumbing.processes import RANK
-from trainer import decode
+from report.lossless import lossless_write
+from trainer import ar_write, decode
 
 BATCHES = (1, 64)
 NO_TIMING = dict.fromkeys(("tokens_per_s_b1", "speedup_b1", "latency_ms", "tokens_per_s_batch",
@@ -54,12 +54,15 @@ def prompts_of_round(cfg, world, round_, batch):
 
 
 def speed_jobs(cfg, world, teacher, student, batch, max_len):
-    """What is timed: a round of AR decoding and one of block decoding, of the same prompts."""
+    """What is timed: a round of AR decoding and one of block decoding, of the same prompts.
+    student: a GPT, or (teacher, student), whose text is AR's."""
     def ar(round_):
-        return ar_decode(teacher, prompts_of_round(cfg, world, round_, batch), max_len)[0]
+        return ar_write(cfg, teacher, prompts_of_round(cfg, world, round_, batch), max_len).tokens
+
+    write = lossless_write if isinstance(student, tuple) else decode
 
     def block(round_):
-        return decode(cfg, student, prompts_of_round(cfg, world, round_, batch), max_len).tokens
+        return write(cfg, student, prompts_of_round(cfg, world, round_, batch), max_len).tokens
     return {"ar": ar, "block": block}
 
 
@@ -96,13 +99,13 @@ def add_times(cfg, options, world, models, finished, results):
 def timings(cfg, world, models, seconds):
     """The timing of AR and of every student (a teacher alone: of its weights under the block
     sampler): {stage: the fields of NO_TIMING}. models {stage: GPT}."""
-    students = [stage for stage in STAGES[1:] if stage in models] or ["naive"]
+    students = [stage for stage in (*STAGES[1:], "lossless") if stage in models] or ["naive"]
     found = {}
     for stage in students:
         one, many = (speed(cfg, world, models["ar"], models[stage], batch, seconds)
                      for batch in BATCHES)
         found[stage] = timing(one, many, "block", one["ratio"], many["ratio"])
-        found["ar"] = timing(one, many, "ar", 1.0, 1.0)  # as measured beside the last stage
+        found["ar"] = timing(one, many, "ar", 1.0, 1.0)  # as measured beside the last of them
     return found
 
 

@@ -14,7 +14,8 @@ from beauty.evidence import FIELDS, HIST, STATED, Lists, merge_rare, prepare, ra
 from beauty.prerank import (FOLDS, K, Counts, Histories, check_size, link_pairs, scores_among,
                             top_candidates)
 from beauty.tokens import beauty_words, tokenize
-from beauty.world import FRESH, beauty_world
+from beauty.world import FRESH, beauty_world, written_lists
+from config import Config
 from data import PAD
 from make_beauty import make_beauty
 from plumbing.arguments import parse_args
@@ -540,3 +541,20 @@ def test_lists_longer_than_ten_are_refused(tmp_path):
     make_beauty(tmp_path, n_users=60)
     with pytest.raises(UserError, match="--n_candidates can be at most 10, not 12"):
         beauty_world(settings(tmp_path, "--n_candidates", "12"))
+
+
+def test_an_expert_gives_points_by_hand_and_the_target_comes_first_where_it_is_told(made):
+    expert, told = (written_lists(made.sequences, made.items, Config(world=f"beauty_{kind}"))[:3]
+                    for kind in ("expert", "target"))
+    for lists, best in zip(expert, told):
+        for n in range(0, len(lists.user), 7):
+            e, k = lists.evidence, lists.score[n]
+            points = [int(e["link"][n, c]) + int(e["brand"][n, c]) + int(e["depth"][n, c])
+                      for c in range(K)]
+            order = sorted(range(K), key=lambda c: (-points[c], c))
+            assert np.argsort(-k, kind="stable").tolist() == order
+            target = best.target[n]
+            if target >= 0:
+                order = [target] + [c for c in order if c != target]
+            assert np.argsort(-best.score[n], kind="stable").tolist() == order
+        assert (best.target >= 0).any()

@@ -9,8 +9,8 @@ import toy.world
 from config import Config
 from data import (ANSWER, EOS, LABEL, MASK, PAD, PROFILE, Split, draw_list_lengths, faithfulness,
                   pack, parse_answers, responses, tensors)
-from toy.world import (TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_examples, toy_oracle,
-                       toy_split, toy_users, toy_words, toy_world)
+from toy.world import (TOY_EXPERT, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_examples,
+                       toy_oracle, toy_split, toy_users, toy_words, toy_world)
 
 CFG = Config(n_train=300, n_val=50, n_test=1500, vary_lists=0.5)
 SPLITS = ("train", "val", "test")
@@ -215,6 +215,24 @@ def test_the_oracle_is_the_exact_bayes_posterior(world):
         score = toy_oracle(counts_of(history), np.array([items]), np.array([k]))[0]
         assert score[-1] == -np.inf
         np.testing.assert_allclose(np.exp(score[:-1]) / np.exp(score).sum(), p, rtol=1e-9)
+
+
+def test_an_expert_weighs_the_place_too_much_and_the_target_comes_first_where_it_is_told(world):
+    expert, told = (toy_world(replace(CFG, world=f"toy_{kind}")) for kind in ("expert", "target"))
+    differ = 0
+    for split, n in rows_of(world)[::3]:
+        name = {id(world.train): "train", id(world.val): "val", id(world.test): "test"}[id(split)]
+        other, best = getattr(expert, name), getattr(told, name)
+        assert (other.prompt[n] == split.prompt[n]).all() and other.target[n] == split.target[n]
+        history, candidates, _ = read_prompt(text(world, split.prompt[n]))
+        k, p = split.list_length[n], bayes(history, candidates)
+        p = p * np.exp(-(TOY_EXPERT - 1) * TOY_PRIOR * np.arange(k))
+        order = other.order[n][:k].tolist()
+        assert all(p[a] >= p[b] * (1 - 1e-9) for a, b in zip(order, order[1:]))
+        target = split.target[n]
+        assert best.order[n][:k].tolist() == [target] + [c for c in order if c != target]
+        differ += order != split.order[n][:k].tolist()
+    assert differ > 5
 
 
 def test_equal_evidence_is_ranked_as_it_came(world):

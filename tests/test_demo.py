@@ -35,7 +35,8 @@ def written(tokens, step=None, block_size=16):
     tokens = np.asarray(tokens, int)
     step = np.zeros(len(tokens), int) if step is None else step
     forward = forward_of(step, block_size)
-    return Written("cft", tokens, step, forward, 1.0 + np.arange(forward.max() + 1), block_size)
+    ends = 1.0 + np.arange(forward.max() + 1)
+    return Written("cft", tokens, step, forward, ends, block_size, len(tokens))
 
 
 def pictured(user, *columns, width=200):
@@ -299,7 +300,7 @@ def test_every_forward_is_timed(student, monkeypatch):
     for fast in ("true", "false"):
         scripts.run(evaluate, monkeypatch, student, "--show", "1", "--fast", fast)
     (ar, ar_ends), (block, ends), *plain = seen
-    assert len(ar_ends) == int(ar[2]) and len(ends) == int(block.forwards)
+    assert len(ar_ends) == int(ar.forwards) and len(ends) == int(block.forwards)
     assert (np.diff(ar_ends) > 0).all() and (np.diff(ends) > 0).all() and ends[0] > 0
     assert [len(taken) for _, taken in plain] == [len(ar_ends), len(ends)]
 

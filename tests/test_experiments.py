@@ -21,7 +21,7 @@ import validity
 from config import Config
 from conftest import left_padded, tiny_gpt, words
 from data import ANSWER, EOS, LABEL, MASK, PAD, responses, tensors
-from model import causal_hidden
+from model import Sampling, causal_hidden
 from plumbing import script
 from plumbing.arguments import parse_args
 from plumbing.checkpoint import load_tensors
@@ -31,7 +31,8 @@ from test_exercises import alone, bound_by_orders
 from toy.world import toy_world
 from trainer import roll_out
 
-CFG = Config(n_train=60, n_val=10, n_test=10, bfloat16=False)
+CFG = Config(trace="free", n_train=60, n_val=10, n_test=10, bfloat16=False)
+FREE = ("--trace", "free")
 
 
 def gen(seed=0):
@@ -116,7 +117,7 @@ def test_without_switches_the_variant_is_opd_itself():
     for cfg in (replace(CFG, block_size=4),
                 replace(CFG, block_size=4, answer_states=0, opd_exclude=False,
                         commit="threshold")):
-        decoded = roll_out(cfg, student, prompt, 12, cfg.opd_tau, 0.0, gen())
+        (_, _, decoded), = roll_out(cfg, student, prompt, 12, cfg.opd_tau, Sampling(0.0, gen()))
         loss = train_opd.opd_loss(cfg, student, teacher, prompt, decoded, gen(1))
         other = opd_variants.variant_loss(cfg, variant(), student, teacher, prompt, decoded, gen(1))
         assert torch.equal(loss, other)
@@ -164,8 +165,8 @@ def test_a_text_as_if_it_had_been_decoded_a_slot_a_step():
 
 def test_the_teachers_text_is_its_own_whatever_cft_gold_says(monkeypatch, tmp_path):
     for module in (train_ar, train_cft, train_opd):
-        run(module, monkeypatch, tmp_path, "--cft_gold", "true")
-    start = ["--cft_gold", "true", "--opd_anchor", "0", "--teacher",
+        run(module, monkeypatch, tmp_path, *FREE, "--cft_gold", "true")
+    start = [*FREE, "--cft_gold", "true", "--opd_anchor", "0", "--teacher",
              str(tmp_path / "toy/seed0/ar/checkpoint.pt"), "--init",
              str(tmp_path / "toy/seed0/cft/checkpoint.pt")]
     asked = []
@@ -304,15 +305,16 @@ def perfect(cfg, world, model, split, prefix=None, rule=None):
 def test_analysis_of_perfect_models_finds_no_failure_and_of_random_ones_says_so(
         monkeypatch, capsys, tmp_path):
     for module in (train_ar, train_cft):
-        run(module, monkeypatch, tmp_path)
-    assert "train for longer" in refused(analyse, monkeypatch, capsys, tmp_path)
-    for options, said in ((["--trace", "false"], "needs --trace true"),
+        run(module, monkeypatch, tmp_path, *FREE)
+    assert "train for longer" in refused(analyse, monkeypatch, capsys, tmp_path, *FREE)
+    for options, said in ((["--trace", "none"], "needs --trace free"),
+                          (["--trace", "bound"], "needs --trace free"),
                           (["--world", "toy_random_labels"], "not --world toy_random_labels"),
                           (["--fast", "false"], "leave out --fast false")):
-        assert said in refused(analyse, monkeypatch, capsys, tmp_path, *options)
+        assert said in refused(analyse, monkeypatch, capsys, tmp_path, *FREE, *options)
 
     monkeypatch.setattr(analyse, "decode", perfect)
-    run(analyse, monkeypatch, tmp_path, "--eval_curve_users", "8")
+    run(analyse, monkeypatch, tmp_path, *FREE, "--eval_curve_users", "8")
     found = json.loads((tmp_path / "toy" / "analysis.json").read_text())
     assert found.keys() == {"ar", "cft", "naive"}
     assert (tmp_path / "toy" / "analysis.md").stat().st_size > 500

@@ -6,7 +6,7 @@ import export
 import train_ar
 import train_cft
 from plumbing.checkpoint import load_tensors
-from scripts import EVALUATION, run
+from scripts import EVALUATION, refused, run
 
 
 def test_exported_weights_are_read_by_every_script_and_are_less_than_half(
@@ -29,3 +29,5 @@ def test_exported_weights_are_read_by_every_script_and_are_less_than_half(
         assert "finished already" in capsys.readouterr().out
     run(evaluate, monkeypatch, tmp_path / "weights", *EVALUATION)
     assert "cft" in capsys.readouterr().out
+    said = refused(export, monkeypatch, capsys, tmp_path / "run", "--stages", "ar,opd")
+    assert "no finished opd; there are ar, cft" in said

@@ -23,10 +23,11 @@ from sampler import Threshold
 from trainer import decode, load_world
 
 BLOCK = 8  # blocks of the page's student
+OWN = ("--trace", "free", "--block_size", str(BLOCK))
 
 
 def run(module, monkeypatch, folder, *options):
-    scripts.run(module, monkeypatch, folder, "--block_size", str(BLOCK), *options)
+    scripts.run(module, monkeypatch, folder, *OWN, *options)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def data(made):
 @pytest.fixture(scope="module")
 def run_of(made):
     """The settings, the world and the models that the page was made from."""
-    cfg = parse_args("", [*scripts.TINY, "--block_size", str(BLOCK), "--run_dir", str(made)])
+    cfg = parse_args("", [*scripts.TINY, *OWN, "--run_dir", str(made)])
     world = load_world(cfg)
     found = finished_stages(cfg, world)
     return cfg, world, {stage: model for stage, (model, _) in found.items()}
@@ -186,16 +187,15 @@ def test_users_can_be_chosen_and_their_number_is_checked(made, monkeypatch, caps
     found = data_of(text_of(made))
     assert [user["number"] for user in found["users"]] == [16]
     assert found["taus"] == [0.9, 1.0]
-    message = scripts.refused(page, monkeypatch, capsys, made, "--user", "17", "--block_size",
-                              str(BLOCK))
+    message = scripts.refused(page, monkeypatch, capsys, made, "--user", "17", *OWN)
     assert "there are 16 test users" in message
     assert "train_cft.py" in scripts.refused(page, monkeypatch, capsys, made / "none")
 
 
 def test_as_a_script_it_does_not_hide_pythons_own_html(made):
     code = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "report", "html.py"), *scripts.TINY, "--block_size",
-         str(BLOCK), "--run_dir", str(made)], capture_output=True, text=True, cwd=made)
+        [sys.executable, os.path.join(ROOT, "report", "html.py"), *scripts.TINY, *OWN,
+         "--run_dir", str(made)], capture_output=True, text=True, cwd=made)
     assert code.returncode == 0, code.stderr
     assert "decode.html: ar, cft" in code.stdout
     import html

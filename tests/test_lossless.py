@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fast.lossless  # noqa: F401  registers the quick twin
 import ours.lossless
+from config import Config
 from conftest import LENGTHS, VOCAB, gen, left_padded, tiny_gpt, words
 from data import EOS, MASK, PAD
 from diffusion import predict_blocks
@@ -15,7 +16,9 @@ from fast.gpt import FastGPT
 from model import GPT, Sampling, ar_decode, causal_hidden
 from ours.commit import Apart
 from ours.lossless import distribution, draft, in_order, lossless_decode, verify
+from report.lossless import lossless_write
 from sampler import Threshold, plain_decode
+from trainer import ar_write
 
 AT_ONCE = Threshold(0.0)  # commits a block in one step
 RULES = [AT_ONCE, Threshold(0.6), Threshold(1.5), Apart(0.5, 0.1)]
@@ -37,6 +40,15 @@ def pair(kind, seed=0, std=0.1, dtype=torch.float64):
 
 
 # --- Greedily ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("trace", ["free", "bound"])
+def test_the_row_of_the_table_is_ars_text(kind, trace):
+    cfg = Config(trace=trace, block_size=4, n_candidates=4, bfloat16=False)
+    for seed in (0, 3, 4):
+        models, prompt = pair(kind, seed), left_padded(LENGTHS, seed)
+        got, ar = lossless_write(cfg, models, prompt, 14), ar_write(cfg, models[0], prompt, 14)
+        assert torch.equal(got.tokens, ar.tokens)
+        assert (got.forwards >= 2).all()  # a draft and its verification at least
 
 @pytest.mark.parametrize("B", [1, 3, 4, 16])
 @pytest.mark.parametrize("rule", RULES, ids=str)

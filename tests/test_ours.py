@@ -34,7 +34,7 @@ from train_cft import cft_loss
 from train_opd import opd_loss
 
 LENGTHS = [4, 1, 6, 3, 5, 2]  # of the prompts: shorter and longer than a block
-CFG = Config(bfloat16=False)
+CFG = Config(trace="free", bfloat16=False)
 
 
 # --- 1. Which slots to commit together ---------------------------------------------------------
@@ -199,8 +199,8 @@ def test_roll_outs_decode_as_serving_does(monkeypatch, commit):
     monkeypatch.setattr(trainer, "block_decode", decode)
     trainer.decode(cfg, None, words(1, 3), 8)
     trainer.decode(cfg, None, words(1, 3), 8, tau=0.8)
-    trainer.roll_out(cfg, None, words(1, 3), 8, 0.8, 0.0, gen())
-    trainer.roll_out(cfg, None, words(1, 3), 8, 0.7, 1.0, gen())
+    trainer.roll_out(cfg, None, words(1, 3), 8, 0.8, Sampling(0.0, gen()))
+    trainer.roll_out(cfg, None, words(1, 3), 8, 0.7, Sampling(1.0, gen()))
 
     def rule(tau):
         if commit == "threshold":
@@ -217,7 +217,10 @@ def test_a_roll_out_at_temperature_0_is_what_is_served_and_others_are_drawn(comm
     model, prompt = tiny_gpt(3), left_padded(LENGTHS)
 
     def roll_out(temperature, seed, tau=0.7):
-        return trainer.roll_out(cfg, model, prompt, 12, tau, temperature, gen(seed))
+        how = Sampling(temperature, gen(seed))
+        (own, read, decoded), = trainer.roll_out(cfg, model, prompt, 12, tau, how)
+        assert own is cfg and torch.equal(read, prompt)
+        return decoded
 
     same_decode(roll_out(0.0, 1), trainer.decode(cfg, model, prompt, 12, tau=0.7))
     assert not torch.equal(roll_out(0.0, 1).commit_step, roll_out(0.0, 1, tau=0.1).commit_step)

@@ -268,7 +268,7 @@ def test_all_stages_and_the_table(monkeypatch, capsys, tmp_path, folder):
     assert again.count("finished already") == 4 and "own data: 4 test users" in again
     other = tmp_path / "other"
     with pytest.raises(SystemExit) as stop, monkeypatch.context() as patch:
-        patch.setattr(train_cft, "cft_loss", stopped_after(3, train_cft.cft_loss))
+        patch.setattr(train_cft, "batch_loss", stopped_after(3, train_cft.batch_loss))
         run(own_world, monkeypatch, other, *at)
     assert stop.value.code == 130
     run(own_world, monkeypatch, other, *at, "--n_test", "4")

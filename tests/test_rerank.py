@@ -350,7 +350,7 @@ def test_other_data_than_the_students_is_refused(made, monkeypatch, capsys):
 
 def test_the_last_finished_stage_answers_and_without_traces_nothing_is_claimed(
         monkeypatch, capsys, tmp_path):
-    options = ["--run_dir", str(tmp_path), "--trace", "false"]
+    options = ["--run_dir", str(tmp_path), "--trace", "none"]
     cfg = parse_args("", [*TINY, *options])
     world = load_world(cfg)
     for stage in STAGES:

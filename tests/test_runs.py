@@ -90,7 +90,7 @@ def test_the_longest_list_and_the_largest_block_that_fit_are_trained(monkeypatch
 
 @pytest.mark.parametrize("world", ["toy", "toy_random_labels"])
 def test_whether_texts_fit_is_a_matter_of_one_position(world):
-    cfg = Config(world=world, n_train=50, n_val=5, n_test=5)
+    cfg = Config(world=world, block_size=16, n_train=50, n_val=5, n_test=5)
     of_world = trainer.load_world(cfg)
     longest = of_world.train.prompt.shape[1] + 16 * -(-of_world.max_response // 16)
     files.check_fits(cfg, of_world, longest)

@@ -28,7 +28,8 @@ from train_opd import divergence, opd_loss
 from train_rl import advantages, policy_loss, reward
 
 LENGTHS = [4, 1, 6, 3]
-CFG = Config(n_train=60, n_val=10, n_test=10, rl_prompts=6, rl_group=3, bfloat16=False)
+CFG = Config(trace="free", n_train=60, n_val=10, n_test=10, rl_prompts=6, rl_group=3,
+             bfloat16=False)
 KINDS = ["forward", "reverse", "jsd"]
 
 
@@ -81,9 +82,11 @@ def recorded(monkeypatch, stage):
     """The roll-outs of a stage's module, as they are made: [(prompt, Decoded)]."""
     written = []
 
-    def roll_out(cfg, model, prompt, *rest):
-        written.append((prompt, trainer.roll_out(cfg, model, prompt, *rest)))
-        return written[-1][1]
+    def roll_out(*args):
+        parts = trainer.roll_out(*args)
+        (_, prompt, decoded), = parts
+        written.append((prompt, decoded))
+        return parts
 
     monkeypatch.setattr(stage, "roll_out", roll_out)
     return written
@@ -205,7 +208,7 @@ def test_the_reference_stands_in_for_invalid_teacher_answers(world, monkeypatch,
     said[some, last] = said[some, last - 1]  # a label twice
     teacher = Teacher(world, said)
     monkeypatch.setattr(plumbing.teacher, "load_stage", teacher.load_stage)
-    monkeypatch.setattr(plumbing.teacher, "ar_decode", teacher.ar_decode)
+    monkeypatch.setattr(trainer, "ar_decode", teacher.ar_decode)
     invalid = torch.arange(len(said)) % 3 == 0
     expected = torch.where(invalid[:, None], reference, said)
 

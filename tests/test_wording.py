@@ -23,7 +23,7 @@ from scripts import run
 from toy.world import toy_world
 from trainer import load_world
 
-CFG = Config(n_train=2000, n_val=50, n_test=300)
+CFG = Config(trace="free", block_size=16, n_train=2000, n_val=50, n_test=300)
 SPLITS = ("train", "val", "test")
 WORDINGS = ("token", "statement", "trace")
 
@@ -143,7 +143,7 @@ def test_words_that_cannot_have_a_synonym_are_refused():
 
 
 def test_without_traces_nothing_is_worded():
-    world = load_world(replace(CFG, wording="statement", trace=False))
+    world = load_world(replace(CFG, wording="statement", trace="none"))
     assert world.max_response == 1 + CFG.n_candidates + 1
     assert world.train.response.max() < LABEL + world.n_labels
 

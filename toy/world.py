@@ -13,6 +13,7 @@ from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, Wor
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY = 3, 5, 6
 TOY_Q = 0.6        # q
 TOY_PRIOR = 0.25   # the target's place c has probability ~ exp(-TOY_PRIOR * c)
+TOY_EXPERT = 4     # toy_expert: its rankings weigh the place so many times too much
 TOY_MOST = 3       # evidence counts stop here: 3 means three or more
 TOY_DRAWN = 40000  # users are drawn so many at a time: the first n are the same for every n
 
@@ -24,7 +25,7 @@ def toy_words(n_labels):
     return SPECIAL + labels + values + evidence
 
 
-def toy_oracle(counts, items, list_length):
+def toy_oracle(counts, items, list_length, prior=TOY_PRIOR):
     """Bayes score of each candidate, log P(target = c | prompt) + const: (N, K).
 
     counts (N, A, V): how often the history has each value; items (N, K, A); list_length (N,).
@@ -38,7 +39,7 @@ def toy_oracle(counts, items, list_length):
     user = np.arange(len(items))[:, None, None]
     log_ratio = np.log(TOY_VALUES * p[user, np.arange(TOY_ATTRIBUTES), items])  # (N, K, A)
     place = np.arange(items.shape[1])
-    score = log_ratio.sum(-1) - TOY_PRIOR * place
+    score = log_ratio.sum(-1) - prior * place
     return np.where(place < list_length[:, None], score, -np.inf)
 
 
@@ -68,8 +69,9 @@ def toy_users(list_length, K, deal, rng):
     return history, items, incoming, incoming[np.arange(n), place]
 
 
-def toy_examples(history, items, incoming, target, n_labels):
-    """Writes users (toy_users) as a Split of tokens."""
+def toy_examples(history, items, incoming, target, n_labels, prior=TOY_PRIOR, told=False):
+    """Writes users (toy_users) as a Split of tokens, ranked by toy_oracle with this prior; told:
+    but the target first."""
     n = len(items)
     words = {word: token for token, word in enumerate(toy_words(n_labels))}
     first_value = words["x0"] + TOY_VALUES * np.arange(TOY_ATTRIBUTES)  # token of x0, y0, z0
@@ -97,7 +99,9 @@ def toy_examples(history, items, incoming, target, n_labels):
     evidence = words["x0:0"] + (TOY_MOST + 1) * value + times
     trace = np.concatenate((column(PROFILE), profile, places(evidence)), axis=1)
 
-    score = toy_oracle(counts, items, listed.sum(1))
+    score = toy_oracle(counts, items, listed.sum(1), prior)
+    if told:
+        score[incoming == target[:, None]] = np.inf
     best_first = np.argsort(-score, axis=1, kind="stable")  # equal candidates stay as they came
     order = np.where(listed, np.take_along_axis(incoming, best_first, 1), -1)
     return Split(prompt.astype(np.int16), trace.astype(np.int16), order.astype(np.int8),
@@ -110,13 +114,15 @@ def toy_split(n, number, cfg):
     Each split has random streams of its own, so no setting of one changes another, and the same
     users come first whatever n is. All training seeds share one world."""
     K, deal, parts = cfg.n_candidates, cfg.world == "toy_random_labels", []
+    told = cfg.world == "toy_target"
+    prior = TOY_PRIOR * (TOY_EXPERT if told or cfg.world == "toy_expert" else 1)
     for chunk in range(-(-n // TOY_DRAWN)):
         rng = np.random.default_rng([7, number, chunk])
         full = np.full(TOY_DRAWN, K)
         length = draw_list_lengths(TOY_DRAWN, cfg, rng) if number == 0 else full
         parts.append(toy_users(length, K, deal, rng))
     users = [np.concatenate(field)[:n] for field in zip(*parts)]
-    return toy_examples(*users, cfg.n_labels)
+    return toy_examples(*users, cfg.n_labels, prior, told)
 
 
 def toy_world(cfg):

@@ -1,0 +1,236 @@
+"""Does a ranking follow its trace? The trace of a finished run is edited, and the answer is decoded
+again after it.
+
+    python experiments/trace.py --config toy --seeds 0,1,2
+    python experiments/trace.py --config toy --seeds 0,1,2 --unbound runs/free
+
+The second also asks the stages of a run with --trace free, and says how N@10 differs.
+
+    prompt edit   the prompt becomes another user's, the trace stays: share of rankings that change
+                  (0 with --trace bound)
+    exchange      the first and the last candidate of the answer exchange their evidence: share of
+                  rankings that change
+    consistency   toy: an item of the history has another value, and the trace says so, while the
+                  prompt still has the old one. Of the pairs of candidates that the oracle now
+                  orders the other way round, the share that the model does, too
+    first half    N@10 after the first half of the trace alone
+
+Where the answer sees the prompt (--trace free), the trace is given in whole blocks, and the
+student writes the rest of it. Writes trace.json and trace.md into the run's folder.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from plumbing.script import script  # noqa: E402  first: it sets how threads wait
+
+import dataclasses  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from analyse import exchange, whole_blocks  # noqa: E402
+from config import folder  # noqa: E402
+from data import LABEL, NONE, PAD, parse_answers, tensors  # noqa: E402
+from evaluate import paired_interval, ranking_metrics  # noqa: E402
+from fast.decode import fast_block_decode  # noqa: E402
+from model import ar_decode  # noqa: E402
+from ours.bound import answer_length, for_answer, what_is_read  # noqa: E402
+from plumbing.checkpoint import device_of, finished_stages  # noqa: E402
+from plumbing.decoding import BATCH, decode_split  # noqa: E402
+from plumbing.settings import Text, UserError  # noqa: E402
+from report.options import finished_seeds  # noqa: E402
+from report.rows import write_json, write_text  # noqa: E402
+from sampler import block_decode  # noqa: E402
+from toy.world import TOY_ATTRIBUTES, TOY_HISTORY, TOY_VALUES, toy_examples, toy_words  # noqa: E402
+from trainer import ar_write, decode, load_world, rule_of  # noqa: E402
+
+MEASURES = ("ndcg@10", "prompt_edit_changes", "exchange", "consistency", "first_half")
+
+
+@dataclass(frozen=True)
+class Options:
+    seeds: Text() = "0,1,2"  # numbers with commas
+    unbound: Text() = ""     # the --run_dir of a run with --trace free and other settings alike
+    into: Text() = ""        # a file of measures: these take the place of its older ones
+
+
+# --- Answers after a given trace ----------------------------------------------------------------
+
+def written(cfg, world, model, stage):
+    """What a stage writes for the test users: tokens (N, R)."""
+    write = ar_write if stage == "ar" else decode
+
+    def decoder(prompt, rows):
+        decoded = write(cfg, model, prompt, world.max_response)
+        return decoded.tokens, decoded.forwards
+    return decode_split(cfg, world.test, decoder, stage)[0]
+
+
+def answer_after(cfg, world, model, stage, prompt, trace):
+    """Answers to prompts (n, P) after traces (n, T) -> tokens (n, R); only the answer in them is
+    new."""
+    if cfg.trace == "bound":
+        own, read = for_answer(cfg), what_is_read(trace)
+        if stage == "ar":
+            return ar_decode(model, read, answer_length(cfg))[0]
+        return block_decode(model, read, answer_length(cfg), own.block_size, rule_of(own)).tokens
+    if stage == "ar":  # what stands before is a prompt like any other
+        return ar_decode(model, torch.cat((prompt, trace), dim=1), answer_length(cfg))[0]
+    given = trace[:, :whole_blocks(trace.shape[1], cfg.block_size)]
+    return fast_block_decode(model, prompt, world.max_response, cfg.block_size, rule_of(cfg),
+                             prefix=given).tokens
+
+
+def orders(cfg, world, model, stage, prompts, traces):
+    """Rankings (N, K) after traces (N, T), both arrays; prompts (N, P) as in a Split."""
+    found = []
+    for start in range(0, len(traces), BATCH):
+        rows = slice(start, start + BATCH)
+        given = [torch.from_numpy(x[rows]).long().to(device_of(cfg)) for x in (prompts, traces)]
+        tokens = answer_after(cfg, world, model, stage, *given).cpu().numpy()
+        found.append(parse_answers(tokens, world.test.incoming[rows]).order)
+    return np.concatenate(found)
+
+
+# --- The edits ----------------------------------------------------------------------------------
+
+def exchanged(trace, order):
+    """The first and the last candidate of each ranking (N, K) exchange their evidence."""
+    k = int((order[0] >= 0).sum())
+    at = np.array([int((trace[0] == LABEL + i).argmax()) for i in range(k)])
+    stride = at[1] - at[0]                                        # tokens a statement
+    pair = at[order[:, [0, k - 1]]]                               # (N, 2)
+    return exchange(torch.from_numpy(trace), pair, stride).numpy()
+
+
+def toy_counterfactual(world):
+    """Test users of the toy world, of whom an item of the history has another value: the value of
+    a candidate, in one attribute -> a Split. All its lists are full."""
+    split, rng = world.test, np.random.default_rng(3)
+    words = toy_words(world.n_labels)
+    first = words.index("x0") + TOY_VALUES * np.arange(TOY_ATTRIBUTES)
+    n, K = split.incoming.shape
+    length, step = TOY_HISTORY * TOY_ATTRIBUTES, 1 + TOY_ATTRIBUTES
+    history = split.prompt[:, 1:1 + length].reshape(n, TOY_HISTORY, TOY_ATTRIBUTES) - first
+    listed = split.prompt[:, 2 + length:].reshape(n, K, step)
+    items = listed[..., 1:] - first
+    row, attribute = np.arange(n), rng.integers(TOY_ATTRIBUTES, size=n)
+    value = items[row, rng.integers(K, size=n), attribute]
+    history[row, rng.integers(TOY_HISTORY, size=n), attribute] = value
+    return toy_examples(history, items, split.incoming, split.target, world.n_labels)
+
+
+def places(order):
+    """Rankings (N, K) of labels -> the place of each label (N, K)."""
+    return np.argsort(order, axis=1)
+
+
+def turned(before, after):
+    """Which pairs of candidates two rankings (N, K) order differently: bool (N, K, K)."""
+    one, two = places(before), places(after)
+    return (one[:, :, None] < one[:, None]) != (two[:, :, None] < two[:, None])
+
+
+# --- Measures -----------------------------------------------------------------------------------
+
+def ndcg(order, target):
+    return ranking_metrics((order == target[:, None]).argmax(1))["ndcg@10"]
+
+
+def measures(cfg, world, model, stage):
+    """{measure: a number, or None}, and N@10 strict of each user (N,)."""
+    split = world.test
+    tokens = written(cfg, world, model, stage)
+    answers = parse_answers(tokens, split.incoming)
+    strict = ndcg(answers.order, split.target) * answers.valid
+
+    trace, prompt = split.trace.astype(np.int64), split.prompt.astype(np.int64)
+    same = orders(cfg, world, model, stage, prompt, trace)
+    other = orders(cfg, world, model, stage, np.roll(prompt, 1, axis=0), trace)
+    forged_trace = exchanged(trace, same)
+    differs = (forged_trace != trace).any(1)  # equal evidence changes nothing: left out
+    forged = orders(cfg, world, model, stage, prompt, forged_trace)
+    half = trace.copy()
+    half[:, trace.shape[1] // 2:] = PAD if cfg.trace == "bound" else NONE
+    after_half = orders(cfg, world, model, stage, prompt, half)
+    out = {"ndcg@10": strict.mean(), "prompt_edit_changes": (other != same).any(1).mean(),
+           "exchange": (forged != same).any(1)[differs].mean(), "consistency": None,
+           "first_half": ndcg(after_half, split.target).mean()}
+    if cfg.world == "toy":
+        edited = toy_counterfactual(world)
+        new = orders(cfg, world, model, stage, prompt, edited.trace.astype(np.int64))
+        asked = turned(split.order, edited.order)                 # (N, K, K) by the oracle
+        out["consistency"] = turned(same, new)[asked].mean()
+    return {name: None if value is None else float(value) for name, value in out.items()}, strict
+
+
+def asked(cfg, seeds):
+    """{stage: ([measures of each seed], N@10 (seeds, N))} of a run."""
+    found = {}
+    for seed in seeds:
+        of_seed = dataclasses.replace(cfg, seed=seed)
+        world = load_world(of_seed)
+        for stage, (model, _) in finished_stages(of_seed, world).items():
+            values, strict = measures(of_seed, world, model, stage)
+            print(f"{cfg.trace}, seed {seed}, {stage}: {values}", flush=True)
+            found.setdefault(stage, ([], []))
+            found[stage][0].append(values)
+            found[stage][1].append(strict)
+    return {stage: (values, np.stack(strict)) for stage, (values, strict) in found.items()}
+
+
+def lines_of(cfg, found, unbound):
+    """The entries of trace.json of one run. unbound: what `asked` found of the other, or {}."""
+    out = []
+    for stage, (values, strict) in found.items():
+        line = {"config": cfg.config, "stage": stage, "level": 2 if cfg.trace == "bound" else 0,
+                "seeds": len(values), "users": strict.shape[1]}
+        for name in MEASURES:
+            of = [value[name] for value in values]
+            line[name] = None if None in of else float(np.mean(of))
+        line["diff_to_unbound"] = None
+        if stage in unbound:
+            other = unbound[stage][1]
+            n = min(len(strict), len(other))
+            line["diff_to_unbound"] = paired_interval(strict[:n] - other[:n])[0]
+        out.append(line)
+    return out
+
+
+def markdown(lines):
+    head = ["stage", "answer sees", "N@10", "− unbound", "prompt edit", "exchange", "consistency",
+            "first half"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for line in lines:
+        low, mean, high = line["diff_to_unbound"] or (None, None, None)
+        shares = ("–" if line[name] is None else f"{100 * line[name]:.1f} %"
+                  for name in MEASURES[1:4])
+        cells = [line["stage"], "the trace" if line["level"] else "prompt and trace",
+                 f"{line['ndcg@10']:.3f}",
+                 "–" if mean is None else f"{mean:+.4f}" + (
+                     "" if low is None else f" [{low:+.4f}, {high:+.4f}]"),
+                 *shares, f"{line['first_half']:.3f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def main(cfg, options):
+    if cfg.trace == "none":
+        raise UserError("there is no trace to edit: use --trace bound or --trace free")
+    seeds, free, lines = finished_seeds(cfg, options.seeds), {}, []
+    if options.unbound:
+        other = dataclasses.replace(cfg, trace="free", run_dir=options.unbound,
+                                    block_size=16, teacher="")
+        free = asked(other, finished_seeds(other, options.seeds))
+        lines = lines_of(other, free, {})
+    lines += lines_of(cfg, asked(cfg, seeds), free)
+    write_json(folder(cfg, "trace.json"), lines)
+    write_text(folder(cfg, "trace.md"), markdown(lines))
+    print(markdown(lines))
+
+
+if __name__ == "__main__":
+    script(main, __doc__, also=Options)
