@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: toy few beauty paper test torture clean
+.PHONY: toy few beauty paper demo test torture clean
 
 # the whole recipe: `make` on the toy world, 10 minutes on 2 CPU cores; `make few` there, with few responses of the teacher;
 # `make beauty` on Amazon Beauty (data/beauty, see docs/beauty.md)
@@ -26,6 +26,10 @@ paper: .venv/ready
 	$(RUN) train_opd.py --config toy_paper --teacher $(TEACHER)
 	$(RUN) train_rl.py --config toy_paper --teacher $(TEACHER)
 	$(RUN) evaluate.py --config toy_paper --teacher $(TEACHER)
+
+# three users, re-ranked by the weights that come along, in the terminal
+demo: .venv/ready
+	$(RUN) evaluate.py --config toy --run_dir weights --show 3
 
 # UNTOUCHED: that the graders of docs/exercises.md fail on the code as it is given
 test: .venv/ready

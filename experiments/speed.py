@@ -39,6 +39,7 @@ from plumbing.checkpoint import (device_of, last_student, load_stage, load_tenso
 from plumbing.decoding import decode_split  # noqa: E402
 from plumbing.settings import Numbers, Real, Text, UserError, Whole  # noqa: E402
 from report.beside import parse_beside  # noqa: E402
+from report.lossless import lossless_write  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
 from report.speed import device_name, in_turn, prompts_of_round  # noqa: E402
 from rules import Steps  # noqa: E402
@@ -149,6 +150,13 @@ def counts(cfg, world, model, users=None):
             "tokens_per_response": float(written.mean()),
             "blocks_per_response": float(blocks.mean()),
             "valid": float(score(world, split, tokens, forwards)["valid"].mean())}
+
+
+def lossless_forwards(cfg, world, models, users=256):
+    """Forwards a response of (teacher, student) together, the student's and the teacher's."""
+    split = world.test.take(slice(0, users))
+    decoder = stage_decoder(cfg, world, models, "lossless", cfg.tau)
+    return float(decode_split(cfg, split, decoder, "lossless")[1].mean())
 
 
 def efficiency(cfg, model, P, count, speedup, seconds):
@@ -338,14 +346,16 @@ def curves(cfg, options, world, teacher, student, count):
 # --- The run ----------------------------------------------------------------------------------
 
 def decoders(cfg, world, teacher, student, others=None):
-    """{name: decode(prompt) -> tokens} of AR, the student at the operating point, and the AR
-    models of other runs."""
+    """{name: decode(prompt) -> tokens} of AR, the student at the operating point, the two
+    together (lossless), and the AR models of other runs."""
     def ar(model, trace):
         own = dataclasses.replace(cfg, trace=trace)
         return lambda prompt: ar_write(own, model, prompt, world.max_response).tokens
 
     out = {"ar": ar(teacher, cfg.trace),
-           "student": lambda prompt: decode(cfg, student, prompt, world.max_response).tokens}
+           "student": lambda prompt: decode(cfg, student, prompt, world.max_response).tokens,
+           "lossless": lambda prompt: lossless_write(cfg, (teacher, student), prompt,
+                                                     world.max_response).tokens}
     return out | {name: ar(*other) for name, other in (others or {}).items()}
 
 
@@ -378,6 +388,7 @@ def real_speed(cfg, options, world, teacher, student):
         measure = clock(cfg, world, 5 * seconds if batch == 1 else 2 * seconds)
         taken, _ = measure(decoders(cfg, world, teacher, student, others), batch)
         out[f"speedup_b{batch}"] = ratio(taken, "ar", "student")
+        out[f"lossless_speedup_b{batch}"] = ratio(taken, "ar", "lossless")
         if batch == 1:
             out["rounds_b1"] = len(taken["ar"])
             out["latency_ms"] = {}
@@ -397,6 +408,7 @@ def measure_all(cfg, options, world):
     run = {"config": cfg.config, "device": device_name(cfg), "threads": cfg.threads,
            "commit": git_hash(), "torch": torch.__version__, "stage": stage, "seed": cfg.seed,
            "operating_point": point, **count}
+    run["lossless_forwards"] = lossless_forwards(cfg, world, (teacher, student))
     run |= real_speed(cfg, options, world, teacher, student)
     P = round(float((world.test.prompt != PAD).sum(1).mean()))
     run |= efficiency(cfg, student, P, count, run["speedup_b1"], seconds)

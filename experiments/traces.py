@@ -1,8 +1,8 @@
 """Does a ranking follow its trace? The trace of a finished run is edited, and the answer is decoded
 again after it.
 
-    python experiments/trace.py --config toy --seeds 0,1,2
-    python experiments/trace.py --config toy --seeds 0,1,2 --unbound runs/free
+    python experiments/traces.py --config toy --seeds 0,1,2
+    python experiments/traces.py --config toy --seeds 0,1,2 --unbound runs/free  # 1,600 steps of CFT
 
 The second also asks the stages of a run with --trace free, and says how N@10 differs.
 
@@ -11,8 +11,10 @@ The second also asks the stages of a run with --trace free, and says how N@10 di
     exchange      the first and the last candidate of the answer exchange their evidence: share of
                   rankings that change
     consistency   toy: an item of the history has another value, and the trace says so, while the
-                  prompt still has the old one. Of the pairs of candidates that the oracle now
-                  orders the other way round, the share that the model does, too
+                  prompt still has the old one. Of the pairs of candidates that differ for the
+                  oracle by what a place of the list is worth at least, the share that the model
+                  orders as the oracle does for the new value
+    turned        the same, of the pairs that the oracle now orders the other way round
     first half    N@10 after the first half of the trace alone
 
 Where the answer sees the prompt (--trace free), the trace is given in whole blocks, and the
@@ -44,17 +46,18 @@ from plumbing.settings import Text, UserError  # noqa: E402
 from report.options import finished_seeds  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
 from sampler import block_decode  # noqa: E402
-from toy.world import TOY_ATTRIBUTES, TOY_HISTORY, TOY_VALUES, toy_examples, toy_words  # noqa: E402
+from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES,  # noqa: E402
+                       toy_examples, toy_oracle, toy_words)
 from trainer import ar_write, decode, load_world, rule_of  # noqa: E402
 
-MEASURES = ("ndcg@10", "prompt_edit_changes", "exchange", "consistency", "first_half")
+FREE = dict(trace="free", block_size=16, cft_steps=1600)  # what a conversion needs there
+MEASURES = ("ndcg@10", "prompt_edit_changes", "exchange", "consistency", "turned", "first_half")
 
 
 @dataclass(frozen=True)
 class Options:
     seeds: Text() = "0,1,2"  # numbers with commas
     unbound: Text() = ""     # the --run_dir of a run with --trace free and other settings alike
-    into: Text() = ""        # a file of measures: these take the place of its older ones
 
 
 # --- Answers after a given trace ----------------------------------------------------------------
@@ -106,32 +109,41 @@ def exchanged(trace, order):
     return exchange(torch.from_numpy(trace), pair, stride).numpy()
 
 
+def toy_score(history, items):
+    """The oracle's score of candidates: history (n, H, A), items (n, K, A) -> (n, K)."""
+    counts = (history[..., None] == np.arange(TOY_VALUES)).sum(1)  # (n, A, V)
+    return toy_oracle(counts, items, np.full(len(items), items.shape[1]))
+
+
 def toy_counterfactual(world):
     """Test users of the toy world, of whom an item of the history has another value: the value of
-    a candidate, in one attribute -> a Split. All its lists are full."""
+    a candidate, in one attribute -> a Split, and the oracle's scores (N, K) before and after."""
     split, rng = world.test, np.random.default_rng(3)
     words = toy_words(world.n_labels)
     first = words.index("x0") + TOY_VALUES * np.arange(TOY_ATTRIBUTES)
-    n, K = split.incoming.shape
+    n, K = split.incoming.shape                                   # all lists are full
     length, step = TOY_HISTORY * TOY_ATTRIBUTES, 1 + TOY_ATTRIBUTES
     history = split.prompt[:, 1:1 + length].reshape(n, TOY_HISTORY, TOY_ATTRIBUTES) - first
     listed = split.prompt[:, 2 + length:].reshape(n, K, step)
     items = listed[..., 1:] - first
+    before = toy_score(history, items)
     row, attribute = np.arange(n), rng.integers(TOY_ATTRIBUTES, size=n)
     value = items[row, rng.integers(K, size=n), attribute]
     history[row, rng.integers(TOY_HISTORY, size=n), attribute] = value
-    return toy_examples(history, items, split.incoming, split.target, world.n_labels)
+    edited = toy_examples(history, items, split.incoming, split.target, world.n_labels)
+    return edited, before, toy_score(history, items)
+
+
+def turned(before, after, least=0.0):
+    """Which pairs of candidates two scores (N, K) order differently: bool (N, K, K); of those that
+    differ by at least so much, both before and after."""
+    one, two = (score[:, :, None] - score[:, None] for score in (before, after))
+    return (one * two < 0) & (np.minimum(abs(one), abs(two)) >= least)
 
 
 def places(order):
     """Rankings (N, K) of labels -> the place of each label (N, K)."""
     return np.argsort(order, axis=1)
-
-
-def turned(before, after):
-    """Which pairs of candidates two rankings (N, K) order differently: bool (N, K, K)."""
-    one, two = places(before), places(after)
-    return (one[:, :, None] < one[:, None]) != (two[:, :, None] < two[:, None])
 
 
 # --- Measures -----------------------------------------------------------------------------------
@@ -157,13 +169,15 @@ def measures(cfg, world, model, stage):
     half[:, trace.shape[1] // 2:] = PAD if cfg.trace == "bound" else NONE
     after_half = orders(cfg, world, model, stage, prompt, half)
     out = {"ndcg@10": strict.mean(), "prompt_edit_changes": (other != same).any(1).mean(),
-           "exchange": (forged != same).any(1)[differs].mean(), "consistency": None,
+           "exchange": (forged != same).any(1)[differs].mean(), "consistency": None, "turned": None,
            "first_half": ndcg(after_half, split.target).mean()}
     if cfg.world == "toy":
-        edited = toy_counterfactual(world)
+        edited, before, after = toy_counterfactual(world)
         new = orders(cfg, world, model, stage, prompt, edited.trace.astype(np.int64))
-        asked = turned(split.order, edited.order)                 # (N, K, K) by the oracle
-        out["consistency"] = turned(same, new)[asked].mean()
+        clear = abs(after[:, :, None] - after[:, None]) >= TOY_PRIOR  # (N, K, K)
+        as_oracle = ~turned(-after, places(new))  # a high score is a low place
+        out["consistency"] = as_oracle[clear].mean()
+        out["turned"] = as_oracle[turned(before, after, TOY_PRIOR)].mean()
     return {name: None if value is None else float(value) for name, value in out.items()}, strict
 
 
@@ -202,12 +216,12 @@ def lines_of(cfg, found, unbound):
 
 def markdown(lines):
     head = ["stage", "answer sees", "N@10", "− unbound", "prompt edit", "exchange", "consistency",
-            "first half"]
+            "turned", "first half"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for line in lines:
         low, mean, high = line["diff_to_unbound"] or (None, None, None)
         shares = ("–" if line[name] is None else f"{100 * line[name]:.1f} %"
-                  for name in MEASURES[1:4])
+                  for name in MEASURES[1:5])
         cells = [line["stage"], "the trace" if line["level"] else "prompt and trace",
                  f"{line['ndcg@10']:.3f}",
                  "–" if mean is None else f"{mean:+.4f}" + (
@@ -222,8 +236,7 @@ def main(cfg, options):
         raise UserError("there is no trace to edit: use --trace bound or --trace free")
     seeds, free, lines = finished_seeds(cfg, options.seeds), {}, []
     if options.unbound:
-        other = dataclasses.replace(cfg, trace="free", run_dir=options.unbound,
-                                    block_size=16, teacher="")
+        other = dataclasses.replace(cfg, **FREE, run_dir=options.unbound, teacher="")
         free = asked(other, finished_seeds(other, options.seeds))
         lines = lines_of(other, free, {})
     lines += lines_of(cfg, asked(cfg, seeds), free)
