@@ -3,7 +3,7 @@ RUN = .venv/bin/python
 
 .PHONY: toy few beauty paper demo test torture clean
 
-# the whole recipe: `make` on the toy world, 10 minutes on 2 CPU cores; `make few` there, with few responses of the teacher;
+# the whole recipe: `make` on the toy world, 8 minutes on 2 CPU cores; `make few` there, with few responses of the teacher;
 # `make beauty` on Amazon Beauty (data/beauty, see docs/beauty.md)
 .DEFAULT_GOAL := toy
 toy: CONFIG = toy
