@@ -1,6 +1,6 @@
 """Stage 2, CFT: conversion fine-tuning turns the AR teacher into a block-diffusion model.
 
-    python train_cft.py --config toy    # 5 minutes on 2 CPU cores; expect .999 valid
+    python train_cft.py --config toy    # 3 minutes on 2 CPU cores; expect .999 valid
     python train_cft.py --config small  # Amazon Beauty
 
 From the teacher's weights, the masked-diffusion loss on the paper's training text: reasoning

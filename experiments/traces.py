@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 from analyse import exchange, whole_blocks  # noqa: E402
 from config import folder  # noqa: E402
-from data import LABEL, NONE, PAD, parse_answers, tensors  # noqa: E402
+from data import LABEL, NONE, PAD, parse_answers  # noqa: E402
 from evaluate import paired_interval, ranking_metrics  # noqa: E402
 from fast.decode import fast_block_decode  # noqa: E402
 from model import ar_decode  # noqa: E402

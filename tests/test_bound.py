@@ -1,11 +1,9 @@
 """--trace bound (ours/bound.py): two requests, of which the second reads the trace alone.
 
 Where two computations must agree they run in float64."""
-import html
 import io
 import itertools
 import json
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -42,7 +40,7 @@ from report.figures import denoising_figure, throughput_figure
 from report.show import show_verdict
 from report.speed import speed_jobs
 from sampler import NEVER, Decoded, block_decode, plain_decode
-from test_html import DRIVE, browser, chromium, data_of, text_of
+from test_html import data_of, text_of
 from test_stages import SGD, start, taught_by
 from toy.world import toy_world
 
@@ -596,24 +594,6 @@ def test_the_page_holds_both_requests(data):
                 assert len(response["top"]) == len(response["ends"])
                 assert len(tokens) <= response["slots"]
                 assert response["slots"] % 16 == 10  # the answer's block
-
-
-@browser
-def test_a_browser_shows_both_requests(data, tmp_path):
-    user = data["users"][0]
-    file = tmp_path / "page.html"
-    file.write_text(page.page_of(data).replace("</body>", DRIVE + "</body>"), encoding="utf-8")
-    out = chromium(tmp_path, f"file://{file}", "--dump-dom", "--window-size=1280,844")
-    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', out, re.S)[1]))
-
-    def words_of(response):
-        return [data["words"][i] for i in response["tokens"] if data["words"][i] != "[PAD]"]
-    assert seen["errors"] == [] and seen["atFirst"] == []
-    assert seen["student"] == words_of(user["students"]["rl"]["0.9"])
-    assert seen["ar"] == words_of(user["ar"])
-    assert seen["naive"] == words_of(user["students"]["naive"]["0.9"])
-    n = len(words_of(user["students"]["naive"]["0.9"]))
-    assert f"{n} of {n} tokens" in out
 
 
 def test_requests_of_ones_own(made, monkeypatch, capsys):
