@@ -21,7 +21,7 @@ from sampler import Threshold, plain_decode
 from trainer import ar_write
 
 AT_ONCE = Threshold(0.0)  # commits a block in one step
-RULES = [AT_ONCE, Threshold(0.6), Threshold(1.5), Apart(0.5, 0.1)]
+RULES = [AT_ONCE, Threshold(0.6), Apart(0.5, 0.1)]
 
 
 def near(model, std, seed=1):
@@ -50,7 +50,7 @@ def test_the_row_of_the_table_is_ars_text(kind, trace):
         assert torch.equal(got.tokens, ar.tokens)
         assert (got.forwards >= 2).all()  # a draft and its verification at least
 
-@pytest.mark.parametrize("B", [1, 3, 4, 16])
+@pytest.mark.parametrize("B", [1, 3, 16])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_the_text_is_that_of_ar(kind, rule, B):
     for seed, std, dtype in ((0, 0.0, torch.float64), (3, 0.1, torch.float32),
@@ -63,7 +63,7 @@ def test_the_text_is_that_of_ar(kind, rule, B):
         assert (verifies <= (tokens != PAD).sum(1)).all()
 
 
-@pytest.mark.parametrize("B", [1, 2, 4, 16])
+@pytest.mark.parametrize("B", [1, 4, 16])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_the_quick_twin_takes_the_same_forwards(rule, B):
     seen = set()
