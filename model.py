@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import EOS, MASK, PAD
+from data import EOS, PAD
 
 
 NO_TOKEN = -1e4  # logit of a token that may not come; -inf * 0 would spoil the KL of OPD
@@ -132,8 +132,7 @@ class GPT(nn.Module):
 
         [PAD] and [MASK] are only ever read: no decoder may write them."""
         out = F.linear(hidden, self.embed.weight)
-        out[..., PAD] = NO_TOKEN  # one at a time: a list of them would be copied to a GPU
-        out[..., MASK] = NO_TOKEN
+        out[..., :EOS] = NO_TOKEN  # the first two words; a list of them would be copied to a GPU
         return out.float() if out.dtype == torch.bfloat16 else out
 
 

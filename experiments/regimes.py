@@ -57,7 +57,7 @@ MORE_CFT = 1.5  # steps of CFT that take the FLOPs of a step of OPD, without anc
 MORE_OPD = 10   # steps of OPD that take the time of a roll-out of RL
 MORE_AR = 5     # steps of AR that take the FLOPs of a roll-out of RL, of 256 answers
 FORWARDS = {"toy": 46, "beauty": 75}  # that a response takes the teacher, one after the other
-MOST = {"toy": 3.6, "beauty": 3.6}  # forwards that the regime "parallel" allows for 3 blocks
+MOST = 3.6      # forwards that the regime "parallel" allows for 3 blocks
 PARALLEL_CFT, PARALLEL_OPD = 500, 350  # steps that take the time of its 100 roll-outs of RL
 MORE = 1.02  # forwards that a control may take, as a multiple of the stage's
 
@@ -192,9 +192,8 @@ def parallel(cfg):
         "RL": rl("CFT", **group),
         "more CFT": cft("CFT", cft_steps=PARALLEL_CFT),
         "OPD": opd("CFT", opd_tau=0.2, opd_anchor=0.0, opd_lr=5e-4, opd_steps=PARALLEL_OPD)}
-    most = MOST[cfg.world.split("_")[0]]
-    return students, [Claim("RL", ("CFT", "more CFT", "OPD"), most),
-                      Claim("OPD", ("CFT", "more CFT"), most)]
+    return students, [Claim("RL", ("CFT", "more CFT", "OPD"), MOST),
+                      Claim("OPD", ("CFT", "more CFT"), MOST)]
 
 
 def expert(cfg):

@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from analyse import exchange, whole_blocks  # noqa: E402
 from config import folder  # noqa: E402
 from data import LABEL, NONE, PAD, parse_answers  # noqa: E402
-from evaluate import paired_interval, ranking_metrics  # noqa: E402
+from evaluate import paired_interval, score_order, stage_decoder  # noqa: E402
 from fast.decode import fast_block_decode  # noqa: E402
 from model import ar_decode  # noqa: E402
 from ours.bound import answer_length, for_answer, what_is_read  # noqa: E402
@@ -48,7 +48,7 @@ from report.rows import write_json, write_text  # noqa: E402
 from sampler import block_decode  # noqa: E402
 from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES,  # noqa: E402
                        toy_examples, toy_oracle, toy_words)
-from trainer import ar_write, decode, load_world, rule_of  # noqa: E402
+from trainer import load_world, rule_of  # noqa: E402
 
 FREE = dict(trace="free", block_size=16, cft_steps=1600)  # what a conversion needs there
 MEASURES = ("ndcg@10", "prompt_edit_changes", "exchange", "consistency", "turned", "first_half")
@@ -64,11 +64,7 @@ class Options:
 
 def written(cfg, world, model, stage):
     """What a stage writes for the test users: tokens (N, R)."""
-    write = ar_write if stage == "ar" else decode
-
-    def decoder(prompt, rows):
-        decoded = write(cfg, model, prompt, world.max_response)
-        return decoded.tokens, decoded.forwards
+    decoder = stage_decoder(cfg, world, model, stage, cfg.tau)
     return decode_split(cfg, world.test, decoder, stage)[0]
 
 
@@ -148,16 +144,12 @@ def places(order):
 
 # --- Measures -----------------------------------------------------------------------------------
 
-def ndcg(order, target):
-    return ranking_metrics((order == target[:, None]).argmax(1))["ndcg@10"]
-
-
 def measures(cfg, world, model, stage):
     """{measure: a number, or None}, and N@10 strict of each user (N,)."""
     split = world.test
     tokens = written(cfg, world, model, stage)
     answers = parse_answers(tokens, split.incoming)
-    strict = ndcg(answers.order, split.target) * answers.valid
+    strict = score_order(split, answers.order)["strict ndcg@10"] * answers.valid
 
     trace, prompt = split.trace.astype(np.int64), split.prompt.astype(np.int64)
     same = orders(cfg, world, model, stage, prompt, trace)
@@ -170,7 +162,7 @@ def measures(cfg, world, model, stage):
     after_half = orders(cfg, world, model, stage, prompt, half)
     out = {"ndcg@10": strict.mean(), "prompt_edit_changes": (other != same).any(1).mean(),
            "exchange": (forged != same).any(1)[differs].mean(), "consistency": None, "turned": None,
-           "first_half": ndcg(after_half, split.target).mean()}
+           "first_half": score_order(split, after_half)["strict ndcg@10"].mean()}
     if cfg.world == "toy":
         edited, before, after = toy_counterfactual(world)
         new = orders(cfg, world, model, stage, prompt, edited.trace.astype(np.int64))
@@ -183,10 +175,9 @@ def measures(cfg, world, model, stage):
 
 def asked(cfg, seeds):
     """{stage: ([measures of each seed], N@10 (seeds, N))} of a run."""
-    found = {}
+    found, world = {}, load_world(cfg)
     for seed in seeds:
         of_seed = dataclasses.replace(cfg, seed=seed)
-        world = load_world(of_seed)
         for stage, (model, _) in finished_stages(of_seed, world).items():
             values, strict = measures(of_seed, world, model, stage)
             print(f"{cfg.trace}, seed {seed}, {stage}: {values}", flush=True)

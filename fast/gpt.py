@@ -7,9 +7,9 @@ decoder, much of what surrounds the arithmetic of a forward (`FastGPT.read`).
 import torch
 import torch.nn.functional as F
 
-from data import EOS, PAD
+from data import PAD
 from diffusion import decode_states, predict_blocks, replay_logp, take_blocks
-from model import GPT, NO_TOKEN, Layer, causal_hidden, causal_mask, pad_left
+from model import GPT, Layer, causal_hidden, causal_mask, pad_left
 
 
 def rotate(x, cos, sin):
@@ -214,12 +214,6 @@ class FastGPT(GPT):
             wide = F.gelu(torch.mm(rms_norm(x, gain2, cache.least), up))
             x = x + torch.mm(wide, down)
         return rms_norm(x, cache.last_gain, cache.least).view(N, -1, d)
-
-    def logits(self, hidden):
-        """GPT.logits: [PAD] and [MASK] are the first words, a slice."""
-        out = F.linear(hidden, self.embed.weight)
-        out[..., :EOS] = NO_TOKEN
-        return out.float() if out.dtype == torch.bfloat16 else out
 
 
 def compile_layers(model, least=512):
