@@ -31,9 +31,14 @@ paper: .venv/ready
 demo: .venv/ready
 	$(RUN) evaluate.py --config toy --run_dir weights --show 3
 
+# The tests in two halves, side by side; the first half's output comes last.
 # UNTOUCHED: that the graders of docs/exercises.md fail on the code as it is given
+FIRST = $(wildcard tests/test_[a-e]*.py)
+SECOND = $(filter-out $(FIRST), $(wildcard tests/test_*.py))
+PYTEST = UNTOUCHED=1 $(RUN) -m pytest -q
 test: .venv/ready
-	UNTOUCHED=1 $(RUN) -m pytest -q tests
+	@$(PYTEST) $(FIRST) > .venv/first.log 2>&1 & first=$$!; $(PYTEST) $(SECOND); second=$$?; \
+	    wait $$first; first=$$?; cat .venv/first.log; exit $$((first + second))
 
 # 24 kills of training runs, then 10,000 damaged files at the loaders: a quarter of an hour
 torture: .venv/ready

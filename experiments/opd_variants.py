@@ -41,6 +41,8 @@ class Options:
     # whose text: the student's roll-outs; or the teacher's own, greedy, in random states
     states: OneOf("masked", "committed", "next") = "masked"
     # scored in a state: all that is masked; what was committed there; the leftmost masked slot
+    target: OneOf("teacher", "later") = "teacher"
+    # later: the student's own prediction of a slot in the state in which it committed it
     teacher_temperature: Real(above=0) = 1.0  # above 1 the target is softer
     rollout_temperature: Real(0) = 0.0  # of the student's draws; 0: greedy
     cut: Switch() = False  # nothing counts after the first label that the answer had already
@@ -89,6 +91,24 @@ def scored_slots(options, decoded, block, step, open_):
     return scored | slot0
 
 
+def later_logits(student, prompt, decoded, block_size):
+    """The student's logits of every token of its roll-outs, each in the state in which it was
+    committed: (N, R, V), 0 after [EOS]."""
+    B = block_size
+    step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)  # (N, R)
+    n_steps = int(step.max()) + 1
+    block = every_block(decoded.tokens, B)                        # (N, R / B)
+    shown = torch.arange(n_steps, device=step.device).repeat(block.shape[1]).expand(len(step), -1)
+    block = block.repeat_interleave(n_steps, 1)                   # (N, M), a segment a step
+    noised, _ = decode_states(decoded, block, shown, B)           # (N, M, B)
+    hidden = predict_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
+    here = take_blocks(step, block, B) == shown[..., None]        # (N, M, B)
+    logits = student.logits(hidden[here])                         # (n, V)
+    row, segment, slot = here.nonzero(as_tuple=True)
+    out = logits.new_zeros(*step.shape, logits.shape[-1])
+    return out.index_put((row, block[row, segment] * B + slot), logits)
+
+
 def variant_loss(cfg, options, student, teacher, prompt, decoded, rng):
     """train_opd.opd_loss with the switches of options; without them the very same, a scalar."""
     B, tokens = cfg.block_size, decoded.tokens
@@ -111,8 +131,12 @@ def variant_loss(cfg, options, student, teacher, prompt, decoded, rng):
         hidden = predict_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
         predicted = student.logits(hidden[scored])                # (n, V)
         with torch.no_grad():
-            hidden = causal_hidden(teacher, prompt, tokens)       # (N, R, d)
-            target = teacher.logits(take_blocks(hidden, block, B)[scored])
+            if options.target == "later":
+                target = later_logits(student, prompt, decoded, B)  # (N, R, V)
+                target = take_blocks(target, block, B)[scored]    # (n, V)
+            else:
+                hidden = causal_hidden(teacher, prompt, tokens)   # (N, R, d)
+                target = teacher.logits(take_blocks(hidden, block, B)[scored])
     target = target / options.teacher_temperature
     if cfg.opd_exclude:
         target = exclude_shown(target, decoded, block, open_, scored)

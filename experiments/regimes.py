@@ -73,11 +73,12 @@ class Options:
 @dataclass(frozen=True)
 class Student:
     """One run of a stage script: which stage, after which student ("": the AR teacher), options;
-    whose weights teach it ("": the AR teacher's)."""
+    whose weights teach it ("": the AR teacher's); options of opd_variants.py."""
     stage: str
     after: str
     options: dict
     teacher: str = ""
+    variant: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,14 +187,19 @@ def parallel(cfg):
     the text they learned from. Controls of RL, as long as it takes: CFT; OPD, whose roll-outs are
     as fast."""
     group = dict(rl_prompts=16, rl_group=16, rl_steps=100, rl_lr=3e-4, rl_anchor=0.0, rl_tau=0.2)
+    corrected = dict(opd_anchor=0.0, opd_lr=5e-4, opd_steps=PARALLEL_OPD)
     students = {
         "AR": ar(1),
         "CFT": cft(),
         "RL": rl("CFT", **group),
         "more CFT": cft("CFT", cft_steps=PARALLEL_CFT),
-        "OPD": opd("CFT", opd_tau=0.2, opd_anchor=0.0, opd_lr=5e-4, opd_steps=PARALLEL_OPD)}
+        "OPD": opd("CFT", **corrected, opd_tau=0.2),
+        # Slow roll-outs: their later states know what the fast decoder does not.
+        "own later states": Student("opd", "CFT", dict(**corrected, opd_tau=0.9),
+                                    variant=dict(target="later"))}
     return students, [Claim("RL", ("CFT", "more CFT", "OPD"), MOST),
-                      Claim("OPD", ("CFT", "more CFT"), MOST)]
+                      Claim("OPD", ("CFT", "more CFT"), MOST),
+                      Claim("own later states", ("CFT", "more CFT", "OPD"), MOST)]
 
 
 def expert(cfg):
@@ -259,7 +265,8 @@ def trained(cfg, regime, students, name):
         share_world(cfg, own)
         changed = {"config": cfg.config, "seed": cfg.seed, **overrides(own), "init": own.init,
                    "teacher": own.teacher, "run_dir": own.run_dir}
-        train(f"train_{student.stage}.py", changed)
+        script = "experiments/opd_variants.py" if student.variant else f"train_{student.stage}.py"
+        train(script, changed | student.variant)
     return own
 
 

@@ -159,7 +159,6 @@ class FastGPT(GPT):
         super().__init__(*args, **kwargs)
         for layer in self.layers:
             layer.__class__ = FastLayer
-        self.run_layer = FastLayer.forward  # or its compiled form
         cos, sin = self.cos[:, None], self.sin[:, None]           # (max_positions, 1, 1, hd / 2)
         self.register_buffer("wide_cos", torch.cat((cos, cos), dim=-1), persistent=False)
         self.register_buffer("signed_sin", torch.cat((-sin, sin), dim=-1), persistent=False)
@@ -179,7 +178,7 @@ class FastGPT(GPT):
         for number, layer in enumerate(self.layers):
             # The last layer's output is needed for the last slots only.
             asked = last if number == len(self.layers) - 1 else 0
-            x = self.run_layer(layer, x, mask, cos, sin, segment=segment, last=asked)
+            x = layer(x, mask, cos, sin, segment=segment, last=asked)
         return self.norm(x)
 
     def read(self, tokens, positions, mask, cache, slots, n_keys, last):
@@ -214,15 +213,6 @@ class FastGPT(GPT):
             wide = F.gelu(torch.mm(rms_norm(x, gain2, cache.least), up))
             x = x + torch.mm(wide, down)
         return rms_norm(x, cache.last_gain, cache.least).view(N, -1, d)
-
-
-def compile_layers(model, least=512):
-    """The model, its training forwards compiled, if it is a FastGPT on a GPU with d_model of at
-    least `least`: a small one does not win back the minute that compiling takes."""
-    weight = model.embed.weight
-    if isinstance(model, FastGPT) and weight.is_cuda and weight.shape[1] >= least:
-        model.run_layer = torch.compile(model.run_layer)
-    return model
 
 
 # --- Twins ------------------------------------------------------------------------------------

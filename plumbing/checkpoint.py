@@ -11,7 +11,7 @@ import os
 import torch
 
 from config import STAGES, folder
-from fast.gpt import FastGPT, compile_layers
+from fast.gpt import FastGPT
 from model import GPT
 from plumbing.arguments import settings_of
 from plumbing.processes import RANK
@@ -220,7 +220,7 @@ def start_from(cfg, world, stage):
 
     stage: the stage before, None for the first."""
     if not cfg.init:
-        return load_stage(cfg, stage, world)[0] if stage else compile_layers(new_model(cfg, world))
+        return load_stage(cfg, stage, world)[0] if stage else new_model(cfg, world)
     if not os.path.exists(cfg.init):
         raise UserError(f"--init {cfg.init}: there is no such checkpoint")
     state = load_tensors(cfg.init)

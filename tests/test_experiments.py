@@ -19,8 +19,9 @@ import train_cft
 import train_opd
 import validity
 from config import Config
-from conftest import left_padded, tiny_gpt, words
+from conftest import close, left_padded, tiny_gpt, words
 from data import ANSWER, EOS, LABEL, MASK, PAD, responses, tensors
+from diffusion import replay_logp
 from model import Sampling, causal_hidden
 from plumbing import script
 from plumbing.arguments import parse_args
@@ -122,10 +123,21 @@ def test_without_switches_the_variant_is_opd_itself():
         other = opd_variants.variant_loss(cfg, variant(), student, teacher, prompt, decoded, gen(1))
         assert torch.equal(loss, other)
         for switches in (dict(states="committed"), dict(states="next"), dict(cut=True),
-                         dict(teacher_temperature=2.0)):
+                         dict(teacher_temperature=2.0), dict(target="later")):
             other = opd_variants.variant_loss(cfg, variant(**switches), student, teacher, prompt,
                                               decoded, gen(1))
             assert other.isfinite() and (other != loss or switches == dict(cut=True))
+
+
+@torch.no_grad()
+def test_later_states_are_those_in_which_the_tokens_were_committed():
+    student, prompt = tiny_gpt(3), left_padded([4, 1, 6, 3])
+    (_, _, decoded), = roll_out(CFG, student, prompt, 12, 0.6, Sampling(0.0, gen()))
+    later = opd_variants.later_logits(student, prompt, decoded, CFG.block_size)  # (N, R, V)
+    logp = later.log_softmax(-1).gather(-1, decoded.clean[..., None])[..., 0]
+    wanted = replay_logp(student, prompt, decoded, CFG.block_size)
+    close(torch.where(decoded.tokens != PAD, logp, 0.0), wanted)
+    assert not later[decoded.tokens == PAD].any()
 
 
 def test_which_slots_of_a_state_are_scored():

@@ -13,7 +13,7 @@ from conftest import LENGTHS, VOCAB, close, gen, left_padded, same_decode, tiny_
 from data import ANSWER, EOS, MASK, PAD
 from diffusion import block_mask, every_block, predict_blocks, replay_logp
 from fast.decode import graph_ar_decode, graph_block_decode, widened
-from fast.gpt import (FastGPT, SlotCache, compile_layers, fast_replay_logp, rms_norm,
+from fast.gpt import (FastGPT, SlotCache, fast_replay_logp, rms_norm,
                       shared_mask)
 from fast.graphs import KEPT, RECORDED
 from model import GPT, Sampling, ar_decode, causal_hidden, causal_mask
@@ -204,13 +204,6 @@ def test_both_norms_are_the_same_however_small_the_numbers():
         x = scale * torch.randn(5, 16, generator=gen())
         quick = rms_norm(x, cache.last_gain, cache.least)
         close(quick, model.norm(x), 1e-5)
-
-
-def test_only_a_fast_model_on_a_gpu_is_compiled():
-    for model in both():
-        before = model.__dict__.copy()
-        compile_layers(model)
-        assert model.__dict__ == before
 
 
 # --- Replay -----------------------------------------------------------------------------------

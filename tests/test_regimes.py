@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ablations
+import regime_figures
 import regimes
 import train_ar
 import trainer
@@ -111,6 +112,34 @@ def test_a_stage_and_its_controls_are_compared_where_the_validation_users_say():
         shown = [line["control_at"][name] for name in regimes.MEASURED]
         assert shown == pytest.approx(at, abs=1e-4)
         assert line["forwards"] == line["stage_at"]["forwards"]
+
+
+def test_the_maps_show_what_the_curves_have(monkeypatch, capsys, tmp_path):
+    def made(cfg, regime, name, seeds):
+        level = {"AR": .8, "CFT": .5, "more CFT": .4}.get(name, .7)
+        if regime.startswith("few"):
+            level += int(regime[4:]) / 10 ** 4
+        return {split: np.stack([of[split]] * len(seeds)) for split, of in
+                ((split, {split: curve([(4, level, 1), (5, level - .1, 1), (6, level, 1)],
+                                       seeds=1)[split][0]}) for split in ("val", "test"))}
+
+    monkeypatch.setattr(regime_figures, "curve", made)
+    run(regime_figures, monkeypatch, tmp_path, "--config", "toy_few", "--numbers", "100,1000")
+    printed = capsys.readouterr().out
+    assert "| 100 | 0.510 (4.0) | 0.410 (4.0) | 0.710 (4.0) | +0.2000" in printed
+    assert "| 1,000 | 0.600 (4.0) | 0.500 (4.0) | 0.800 (4.0) | +0.2000" in printed
+    run(regime_figures, monkeypatch, tmp_path, "--trace", "free", "--map", "wording")
+    printed = capsys.readouterr().out
+    assert "| statement | 9 | CFT greedy text | 4.0: 0.700, 0 % |" in printed
+    for path in ("toy_few/responses.png", "toy_few/responses.md", "toy/wording.png"):
+        assert os.path.getsize(tmp_path / path)
+
+
+def test_what_a_map_lacks_is_said(monkeypatch, capsys, tmp_path):
+    said = refused(regime_figures, monkeypatch, capsys, tmp_path, "--config", "toy_few")
+    assert "first run" in said and "few_100" in said
+    said = refused(regime_figures, monkeypatch, capsys, tmp_path, "--numbers", "many")
+    assert "whole numbers" in said
 
 
 def test_test_users_choose_nothing():
