@@ -16,10 +16,11 @@ It gives one line, in the same order: "id", or "line", its number; "ranking", th
 given, best first; "valid", whether the answer named each once (if not, the ranking is repaired as
 in data.parse_answers); "trace", what was written before the answer (L3: the third candidate; b2:
 the second brand of the prompt; values as in evidence.FIELDS); "faithful", the share of true
-statements in it (null without traces); "forwards", "tokens", "stage". A line that cannot be read
-gives {"line": n, "error": "..."}, and the sentence on stderr; the others go on. Blank lines are
-skipped. A request is answered as soon as its line is there; lines that wait together are answered
-together. Exit code: 0, 1 after a line that could not be read, 2 for what stops everything.
+statements in it (null without traces); "forwards", "tokens", "stage"; with --trace bound,
+"decisive", {"L3": "L1"}: L1 would be first without what the trace says of L3. A line that cannot
+be read gives {"line": n, "error": "..."}, and the sentence on stderr; the others go on. Blank
+lines are skipped. A request is answered as soon as its line is there; lines that wait together are
+answered together. Exit code: 0, 1 after a line that could not be read, 2 for what stops everything.
 """
 import itertools
 import json
@@ -41,6 +42,7 @@ from data import PAD, faithfulness, parse_answers, statements, tensors  # noqa: 
 from plumbing.checkpoint import device_of, last_student  # noqa: E402
 from plumbing.decoding import BATCH  # noqa: E402
 from plumbing.settings import Text, UserError  # noqa: E402
+from report.decisive import decisive  # noqa: E402
 from toy.world import TOY_ATTRIBUTES, TOY_HISTORY, TOY_VALUES, toy_examples  # noqa: E402
 from trainer import decode, load_world  # noqa: E402
 
@@ -210,11 +212,15 @@ def answers(cfg, world, stage, model, split):
         trace = []
         for statement in statements(row, world.n_labels):
             trace.append(" ".join(world.words[token] for token in statement))
-        yield parsed.order[n, :split.list_length[n]], {
+        result = {
             "valid": bool(parsed.valid[n]),
             "faithful": float(true[n]) if cfg.trace != "none" else None,
             "trace": "; ".join(trace), "forwards": int(decoded.forwards[n]),
             "tokens": int((row != PAD).sum()), "stage": stage}
+        if cfg.trace == "bound":
+            found = decisive(cfg, world, (stage, model), row, split.incoming[n])
+            result["decisive"] = {world.words[a]: world.words[b] for a, b in found.items()}
+        yield parsed.order[n, :split.list_length[n]], result
 
 
 def answer_batch(batch, reader, cfg, world, student):

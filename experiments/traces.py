@@ -2,9 +2,10 @@
 again after it.
 
     python experiments/traces.py --config toy --seeds 0,1,2
-    python experiments/traces.py --config toy --seeds 0,1,2 --unbound runs/free  # 1,600 steps of CFT
+    python experiments/traces.py --config toy --seeds 0,1,2 --unbound runs/free --none runs/none
 
-The second also asks the stages of a run with --trace free, and says how N@10 differs.
+The second also asks the stages of a run with --trace free and of one with --trace none, and says
+how N@10 differs from the former. Other settings of those runs are read from their checkpoints.
 
     prompt edit   the prompt becomes another user's, the trace stays: share of rankings that change
                   (0 with --trace bound)
@@ -15,7 +16,9 @@ The second also asks the stages of a run with --trace free, and says how N@10 di
                   oracle by what a place of the list is worth at least, the share that the model
                   orders as the oracle does for the new value
     turned        the same, of the pairs that the oracle now orders the other way round
-    first half    N@10 after the first half of the trace alone
+    first 25 %    N@10 where the answer sees only so many statements of the reference trace. Most
+                  answers to a cut trace leave candidates out: strict, they count 0; served, those
+                  come last in their incoming order
 
 Where the answer sees the prompt (--trace free), the trace is given in whole blocks, and the
 student writes the rest of it. Writes trace.json and trace.md into the run's folder.
@@ -28,36 +31,42 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from plumbing.script import script  # noqa: E402  first: it sets how threads wait
 
 import dataclasses  # noqa: E402
+import itertools  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from analyse import exchange, whole_blocks  # noqa: E402
-from config import folder  # noqa: E402
-from data import LABEL, NONE, PAD, parse_answers  # noqa: E402
+from analyse import exchange, percent, table, whole_blocks  # noqa: E402
+from config import STAGES, Config, folder  # noqa: E402
+from data import LABEL, NONE, PAD, parse_answers, statements  # noqa: E402
 from evaluate import paired_interval, score_order, stage_decoder  # noqa: E402
 from fast.decode import fast_block_decode  # noqa: E402
 from model import ar_decode  # noqa: E402
-from ours.bound import answer_length, for_answer, what_is_read  # noqa: E402
-from plumbing.checkpoint import device_of, finished_stages  # noqa: E402
+from ours.bound import answer_length  # noqa: E402
+from plumbing.checkpoint import (checkpoint_path, device_of, finished_stages,  # noqa: E402
+                                 load_tensors)
 from plumbing.decoding import BATCH, decode_split  # noqa: E402
 from plumbing.settings import Text, UserError  # noqa: E402
+from report.decisive import answer_to  # noqa: E402
 from report.options import finished_seeds  # noqa: E402
 from report.rows import write_json, write_text  # noqa: E402
-from sampler import block_decode  # noqa: E402
 from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES,  # noqa: E402
                        toy_examples, toy_oracle, toy_words)
 from trainer import load_world, rule_of  # noqa: E402
 
-FREE = dict(trace="free", block_size=16, cft_steps=1600)  # what a conversion needs there
-MEASURES = ("ndcg@10", "prompt_edit_changes", "exchange", "consistency", "turned", "first_half")
+SEES = {"none": "the prompt", "free": "prompt and trace", "bound": "the trace"}
+LEVEL = {"none": None, "free": 0, "bound": 2}
+MEASURES = ("ndcg@10", "prompt_edit_changes", "exchange", "consistency", "turned")
+CURVES = ("truncated_served", "truncated")  # [[share, N@10]]; the latter strict
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a trace's statements
 
 
 @dataclass(frozen=True)
 class Options:
     seeds: Text() = "0,1,2"  # numbers with commas
-    unbound: Text() = ""     # the --run_dir of a run with --trace free and other settings alike
+    unbound: Text() = ""     # the --run_dir of a run with --trace free
+    none: Text() = ""        # the --run_dir of a run with --trace none
 
 
 # --- Answers after a given trace ----------------------------------------------------------------
@@ -72,10 +81,7 @@ def answer_after(cfg, world, model, stage, prompt, trace):
     """Answers to prompts (n, P) after traces (n, T) -> tokens (n, R); only the answer in them is
     new."""
     if cfg.trace == "bound":
-        own, read = for_answer(cfg), what_is_read(trace)
-        if stage == "ar":
-            return ar_decode(model, read, answer_length(cfg))[0]
-        return block_decode(model, read, answer_length(cfg), own.block_size, rule_of(own)).tokens
+        return answer_to(cfg, stage, model, trace)
     if stage == "ar":  # what stands before is a prompt like any other
         return ar_decode(model, torch.cat((prompt, trace), dim=1), answer_length(cfg))[0]
     given = trace[:, :whole_blocks(trace.shape[1], cfg.block_size)]
@@ -83,15 +89,14 @@ def answer_after(cfg, world, model, stage, prompt, trace):
                              prefix=given).tokens
 
 
-def orders(cfg, world, model, stage, prompts, traces):
-    """Rankings (N, K) after traces (N, T), both arrays; prompts (N, P) as in a Split."""
+def answers(cfg, world, model, stage, prompts, traces):
+    """Answers after traces (N, T), an array; prompts (N, P) as in a Split."""
     found = []
     for start in range(0, len(traces), BATCH):
         rows = slice(start, start + BATCH)
         given = [torch.from_numpy(x[rows]).long().to(device_of(cfg)) for x in (prompts, traces)]
-        tokens = answer_after(cfg, world, model, stage, *given).cpu().numpy()
-        found.append(parse_answers(tokens, world.test.incoming[rows]).order)
-    return np.concatenate(found)
+        found.append(answer_after(cfg, world, model, stage, *given).cpu().numpy())
+    return parse_answers(np.concatenate(found), world.test.incoming)
 
 
 # --- The edits ----------------------------------------------------------------------------------
@@ -103,6 +108,14 @@ def exchanged(trace, order):
     stride = at[1] - at[0]                                        # tokens a statement
     pair = at[order[:, [0, k - 1]]]                               # (N, 2)
     return exchange(torch.from_numpy(trace), pair, stride).numpy()
+
+
+def truncated(cfg, world, trace, share):
+    """Traces (N, T), all lists being full, with this share of their statements, the first ones."""
+    length = [len(part) for part in statements(trace[0], world.n_labels)]
+    out = trace.copy()
+    out[:, sum(length[:int(share * len(length))]):] = PAD if cfg.trace == "bound" else NONE
+    return out
 
 
 def toy_score(history, items):
@@ -146,91 +159,114 @@ def places(order):
 
 def measures(cfg, world, model, stage):
     """{measure: a number, or None}, and N@10 strict of each user (N,)."""
-    split = world.test
-    tokens = written(cfg, world, model, stage)
-    answers = parse_answers(tokens, split.incoming)
-    strict = score_order(split, answers.order)["strict ndcg@10"] * answers.valid
+    def ndcg(parsed):
+        """N@10 served (N,); strict (N,)."""
+        served = score_order(split, parsed.order)["served ndcg@10"]
+        return served, served * parsed.valid
 
+    def after(prompt, trace):
+        return answers(cfg, world, model, stage, prompt, trace)
+
+    split = world.test
+    _, own = ndcg(parse_answers(written(cfg, world, model, stage), split.incoming))
+    out = {**dict.fromkeys(MEASURES + CURVES), "ndcg@10": float(own.mean())}
+    if cfg.trace == "none":
+        return out, own
     trace, prompt = split.trace.astype(np.int64), split.prompt.astype(np.int64)
-    same = orders(cfg, world, model, stage, prompt, trace)
-    other = orders(cfg, world, model, stage, np.roll(prompt, 1, axis=0), trace)
+    same = after(prompt, trace).order
+    other = after(np.roll(prompt, 1, axis=0), trace).order
+    out["prompt_edit_changes"] = float((other != same).any(1).mean())
     forged_trace = exchanged(trace, same)
     differs = (forged_trace != trace).any(1)  # equal evidence changes nothing: left out
-    forged = orders(cfg, world, model, stage, prompt, forged_trace)
-    half = trace.copy()
-    half[:, trace.shape[1] // 2:] = PAD if cfg.trace == "bound" else NONE
-    after_half = orders(cfg, world, model, stage, prompt, half)
-    out = {"ndcg@10": strict.mean(), "prompt_edit_changes": (other != same).any(1).mean(),
-           "exchange": (forged != same).any(1)[differs].mean(), "consistency": None, "turned": None,
-           "first_half": score_order(split, after_half)["strict ndcg@10"].mean()}
+    forged = after(prompt, forged_trace).order
+    out["exchange"] = float((forged != same).any(1)[differs].mean())
     if cfg.world == "toy":
-        edited, before, after = toy_counterfactual(world)
-        new = orders(cfg, world, model, stage, prompt, edited.trace.astype(np.int64))
-        clear = abs(after[:, :, None] - after[:, None]) >= TOY_PRIOR  # (N, K, K)
-        as_oracle = ~turned(-after, places(new))  # a high score is a low place
-        out["consistency"] = as_oracle[clear].mean()
-        out["turned"] = as_oracle[turned(before, after, TOY_PRIOR)].mean()
-    return {name: None if value is None else float(value) for name, value in out.items()}, strict
+        edited, before, now = toy_counterfactual(world)
+        new = after(prompt, edited.trace.astype(np.int64)).order
+        clear = abs(now[:, :, None] - now[:, None]) >= TOY_PRIOR  # (N, K, K)
+        as_oracle = ~turned(-now, places(new))  # a high score is a low place
+        out["consistency"] = float(as_oracle[clear].mean())
+        out["turned"] = float(as_oracle[turned(before, now, TOY_PRIOR)].mean())
+    cut = [ndcg(after(prompt, truncated(cfg, world, trace, share))) for share in SHARES]
+    for name, of_users in zip(CURVES, zip(*cut)):
+        out[name] = [[share, float(x.mean())] for share, x in zip(SHARES, of_users)]
+    return out, own
 
 
 def asked(cfg, seeds):
-    """{stage: ([measures of each seed], N@10 (seeds, N))} of a run."""
+    """{stage: {seed: (measures, N@10 (N,))}} of a run, of all stages that have finished."""
     found, world = {}, load_world(cfg)
     for seed in seeds:
         of_seed = dataclasses.replace(cfg, seed=seed)
         for stage, (model, _) in finished_stages(of_seed, world).items():
             values, strict = measures(of_seed, world, model, stage)
             print(f"{cfg.trace}, seed {seed}, {stage}: {values}", flush=True)
-            found.setdefault(stage, ([], []))
-            found[stage][0].append(values)
-            found[stage][1].append(strict)
-    return {stage: (values, np.stack(strict)) for stage, (values, strict) in found.items()}
+            found.setdefault(stage, {})[seed] = values, strict
+    return found
+
+
+def other_run(cfg, run_dir, trace, seeds):
+    """The settings of a run elsewhere: those that its checkpoints were made with."""
+    there = dataclasses.replace(cfg, run_dir=run_dir, trace=trace, teacher="")
+    known = {field.name for field in dataclasses.fields(Config)} - {"trace"}
+    for seed, stage in itertools.product(finished_seeds(there, seeds), reversed(STAGES)):
+        path = checkpoint_path(dataclasses.replace(there, seed=seed), stage)
+        if os.path.exists(path):
+            made = load_tensors(path)["settings"]
+            return dataclasses.replace(there, **{n: v for n, v in made.items() if n in known})
+    return there  # finished_stages will say what is missing
 
 
 def lines_of(cfg, found, unbound):
     """The entries of trace.json of one run. unbound: what `asked` found of the other, or {}."""
     out = []
-    for stage, (values, strict) in found.items():
-        line = {"config": cfg.config, "stage": stage, "level": 2 if cfg.trace == "bound" else 0,
-                "seeds": len(values), "users": strict.shape[1]}
-        for name in MEASURES:
+    for stage, of_seed in found.items():
+        values, strict = zip(*of_seed.values())
+        line = {"config": cfg.config, "stage": stage, "trace": cfg.trace,
+                "level": LEVEL[cfg.trace], "seeds": len(values), "users": len(strict[0])}
+        for name in MEASURES + CURVES:
             of = [value[name] for value in values]
-            line[name] = None if None in of else float(np.mean(of))
-        line["diff_to_unbound"] = None
-        if stage in unbound:
-            other = unbound[stage][1]
-            n = min(len(strict), len(other))
-            line["diff_to_unbound"] = paired_interval(strict[:n] - other[:n])[0]
+            line[name] = None if None in of else np.mean(of, axis=0).tolist()
+        both = [seed for seed in of_seed if seed in unbound.get(stage, {})]
+        differ = [of_seed[seed][1] - unbound[stage][seed][1] for seed in both]
+        line["diff_to_unbound"] = paired_interval(np.stack(differ))[0] if both else None
         out.append(line)
     return out
 
 
 def markdown(lines):
-    head = ["stage", "answer sees", "N@10", "− unbound", "prompt edit", "exchange", "consistency",
-            "turned", "first half"]
-    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    """The measures, and N@10 of truncated traces: two tables."""
+    rows, cut = [], []
     for line in lines:
         low, mean, high = line["diff_to_unbound"] or (None, None, None)
-        shares = ("–" if line[name] is None else f"{100 * line[name]:.1f} %"
-                  for name in MEASURES[1:5])
-        cells = [line["stage"], "the trace" if line["level"] else "prompt and trace",
-                 f"{line['ndcg@10']:.3f}",
-                 "–" if mean is None else f"{mean:+.4f}" + (
-                     "" if low is None else f" [{low:+.4f}, {high:+.4f}]"),
-                 *shares, f"{line['first_half']:.3f}"]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+        who = [line["stage"], SEES[line["trace"]]]
+        rows.append([
+            *who, f"{line['ndcg@10']:.3f}",
+            "–" if mean is None else f"{mean:+.4f}" + (
+                "" if low is None else f" [{low:+.4f}, {high:+.4f}]"),
+            *(percent(line[name]) for name in MEASURES[1:])])
+        for name, score in zip(CURVES, ("served", "strict")):
+            if line[name]:
+                cut.append([*who, score, *(f"{ndcg:.3f}" for _, ndcg in line[name])])
+    head = ["stage", "answer sees"]
+    return "\n\n".join((
+        table(head + ["N@10", "− unbound", "prompt edit", "exchange", "consistency", "turned"],
+              rows),
+        table(head + ["score"] + [f"first {100 * share:.0f} %" for share in SHARES], cut))) + "\n"
 
 
 def main(cfg, options):
     if cfg.trace == "none":
         raise UserError("there is no trace to edit: use --trace bound or --trace free")
-    seeds, free, lines = finished_seeds(cfg, options.seeds), {}, []
+    free, lines = {}, []
     if options.unbound:
-        other = dataclasses.replace(cfg, **FREE, run_dir=options.unbound, teacher="")
+        other = other_run(cfg, options.unbound, "free", options.seeds)
         free = asked(other, finished_seeds(other, options.seeds))
         lines = lines_of(other, free, {})
-    lines += lines_of(cfg, asked(cfg, seeds), free)
+    if options.none:
+        other = other_run(cfg, options.none, "none", options.seeds)
+        lines = lines_of(other, asked(other, finished_seeds(other, options.seeds)), free) + lines
+    lines += lines_of(cfg, asked(cfg, finished_seeds(cfg, options.seeds)), free)
     write_json(folder(cfg, "trace.json"), lines)
     write_text(folder(cfg, "trace.md"), markdown(lines))
     print(markdown(lines))

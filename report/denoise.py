@@ -137,12 +137,19 @@ def forward_of(step, block_size):
 
 # --- What is wrong with it --------------------------------------------------------------------
 
+def placed(tokens, n_labels):
+    """The places of each statement of a response (R,): [[place]]. Empty places are in none."""
+    place = iter(np.flatnonzero(tokens != NONE).tolist())
+    return [[next(place) for _ in part] for part in statements(tokens, n_labels)]
+
+
 def checked(user, tokens):
     """The statements of a response (R,): [(places, fault)]; fault: what is wrong, in words, or
     None."""
-    place = iter(np.flatnonzero(tokens != NONE).tolist())  # empty places are in no statement
     required, seen, out = user.required, set(), []
-    for part in statements(user.plain(tokens), user.n_labels):
+    plain = user.plain(tokens)
+    for places in placed(plain, user.n_labels):
+        part = tuple(plain[places].tolist())
         about = part[0]
         fault = None
         if about not in required:
@@ -152,7 +159,7 @@ def checked(user, tokens):
         elif required[about] != part:
             fault = f"right: {user.text(corrected(part, required[about]))}"
         seen.add(about)
-        out.append(([next(place) for _ in part], fault))
+        out.append((places, fault))
     return out
 
 

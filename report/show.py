@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from data import ANSWER, CANDIDATES, LABEL, PAD, faithfulness, parse_answers, tensors
 from plumbing.checkpoint import device_of, last_student, load_stage, read_checkpoint
+from report.decisive import decisive
 from report.denoise import (Written, answer_start, ar_writes, checked, student_writes, unsaid,
                             user_of, wrong_labels)
 
@@ -62,6 +63,19 @@ def show(cfg, world, n_users):
         play(user, written)
         print()
         show_verdict(user, written)
+        if cfg.trace == "bound":
+            tokens = written[-1].tokens
+            found = decisive(cfg, world, (stage, student), tokens, user.incoming)
+            print(decided(user.words, found))
+
+
+def decided(words, found):
+    """What `decisive` found, as a line."""
+    if not found:
+        return "  decisive        no statement by itself"
+    said = (f"{words[about]} (without it {words[new]} is first)" for about, new in found.items())
+    line = "  decisive        what is said of " + ", ".join(said)
+    return textwrap.fill(line, line_width(), subsequent_indent=18 * " ")
 
 
 def line_width():

@@ -607,7 +607,7 @@ def test_requests_of_ones_own(made, monkeypatch, capsys):
     assert stop.value.code == 0 and [line["id"] for line in found] == [0, 1, 2]
     for line in found:
         assert list(line) == ["id", "ranking", "valid", "faithful", "trace", "forwards", "tokens",
-                              "stage"]
+                              "stage", "decisive"]
         assert line["stage"] == "rl" and line["faithful"] is not None
         assert sorted(line["ranking"]) == sorted(items)
 

@@ -150,7 +150,7 @@ def test_a_request_has_the_same_result_alone_and_in_a_batch(made, monkeypatch, c
     assert found[0] == found[1]
     for request, line in zip(requests, found[0]):
         assert list(line) == ["line", "ranking", "valid", "faithful", "trace", "forwards", "tokens",
-                              "stage"] and line["stage"] == "cft"
+                              "stage", "decisive"] and line["stage"] == "cft"
         ranked = sorted(map(json.dumps, line["ranking"]))
         assert ranked == sorted(map(json.dumps, request["candidates"]))
     assert len({line["trace"] for line in found[0]}) > 3
@@ -357,6 +357,7 @@ def test_the_last_finished_stage_answers_and_without_traces_nothing_is_claimed(
         finish(cfg, world, stage)
     code, (line,), _ = rerank_lines(monkeypatch, capsys, options, {"id": 3, **TOY})
     assert code == 0 and line["stage"] == "rl" and line["faithful"] is None and line["id"] == 3
+    assert "decisive" not in line
 
 
 def test_validity_is_counted_on_a_list_for_every_user(made, monkeypatch, capsys):

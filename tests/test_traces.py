@@ -2,15 +2,17 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train_ar
 import train_cft
+import train_opd
 import traces
 from config import Config
-from data import LABEL
+from data import LABEL, NONE, PAD
 from scripts import refused, run
 from toy.world import TOY_ATTRIBUTES, TOY_HISTORY, toy_world
 
@@ -54,25 +56,50 @@ def test_first_and_last_exchange_all_but_their_labels(world):
         assert (new == expected).all()
 
 
-def test_a_run_and_another_whose_answers_see_their_prompts(monkeypatch, tmp_path, capsys):
+def test_so_many_statements_are_left(world):
+    cfg, trace = Config(), world.test.trace.astype(int)
+    left = [4 * n for n in (0, 2, 4, 6, 9)]  # tokens: a profile and 8 candidates, 4 each
+    for share, n in zip(traces.SHARES, left):
+        for setting, gap in (("bound", PAD), ("free", NONE)):
+            cut = traces.truncated(replace(cfg, trace=setting), world, trace, share)
+            assert (cut[:, :n] == trace[:, :n]).all() and (cut[:, n:] == gap).all()
+
+
+def test_a_run_and_others_whose_answers_see_their_prompts(monkeypatch, tmp_path, capsys):
     free = ["--trace", "free", "--block_size", "16", "--cft_steps", "3"]
-    monkeypatch.setattr(traces, "FREE", dict(trace="free", block_size=16, cft_steps=3))
+    none = ["--trace", "none", "--ar_steps", "4"]
     for module in (train_ar, train_cft):
         run(module, monkeypatch, tmp_path / "bound", "--cft_gold", "true")
         run(module, monkeypatch, tmp_path / "free", "--cft_gold", "true", *free)
-    options = ["--cft_gold", "true", "--seeds", "0", "--unbound", str(tmp_path / "free")]
+    run(train_opd, monkeypatch, tmp_path / "bound", "--cft_gold", "true")
+    run(train_ar, monkeypatch, tmp_path / "none", *none)
+    options = ["--cft_gold", "true", "--seeds", "0", "--unbound", str(tmp_path / "free"),
+               "--none", str(tmp_path / "none")]
     run(traces, monkeypatch, tmp_path / "bound", *options)
     with open(tmp_path / "bound" / "toy" / "trace.json") as file:
         lines = json.load(file)
-    assert [(line["stage"], line["level"]) for line in lines] == [
-        ("ar", 0), ("cft", 0), ("ar", 2), ("cft", 2)]
+    assert [(line["stage"], line["trace"], line["level"]) for line in lines] == [
+        ("ar", "none", None), ("ar", "free", 0), ("cft", "free", 0),
+        ("ar", "bound", 2), ("cft", "bound", 2), ("opd", "bound", 2)]
     for line in lines:
         assert line["seeds"] == 1 and line["users"] == 16
-        assert (line["prompt_edit_changes"] == 0) or line["level"] == 0
-        assert (line["diff_to_unbound"] is None) == (line["level"] == 0)
+        assert line["level"] != 2 or line["prompt_edit_changes"] == 0
+        assert (line["diff_to_unbound"] is None) == (
+            line["level"] == 0 or line["stage"] == "opd")
+        if line["trace"] == "none":
+            assert all(line[name] is None for name in traces.MEASURES[1:] + traces.CURVES)
+            continue
         for name in ("exchange", "consistency", "turned"):
             assert 0 <= line[name] <= 1
-    assert "the trace" in capsys.readouterr().out
+        for (share, served), (same, strict) in zip(line["truncated_served"], line["truncated"]):
+            assert share == same and strict <= served
+        assert [share for share, _ in line["truncated"]] == [0, 0.25, 0.5, 0.75, 1]
+    out = capsys.readouterr().out
+    assert "| ar | the prompt |" in out and "| opd | the trace |" in out
+    assert "| stage | answer sees | score | first 0 % | first 25 % |" in out
+    assert "trace=free there, none now" in refused(
+        traces, monkeypatch, capsys, tmp_path / "bound", *options[:4], "--none",
+        str(tmp_path / "free"))
     assert "--trace bound or --trace free" in refused(
         traces, monkeypatch, capsys, tmp_path, "--trace", "none")
 
@@ -84,12 +111,15 @@ def test_a_model_that_ranks_by_the_prompt_is_found_out(world, monkeypatch):
     assert must.sum() > 20
 
     def measured(by_trace):
-        def orders(cfg, world, model, stage, prompts, given):
+        def answers(cfg, world, model, stage, prompts, given):
             told = edited if by_trace and (given == edited.trace).all() else world.test
-            return told.order
-        monkeypatch.setattr(traces, "orders", orders)
+            return SimpleNamespace(order=told.order, valid=np.arange(200) < 50)
+        monkeypatch.setattr(traces, "answers", answers)
         monkeypatch.setattr(traces, "written", lambda *_: world.test.response)
         return traces.measures(replace(Config(), n_test=200), world, None, "ar")[0]
 
-    assert measured(True)["turned"] == 1 and measured(True)["consistency"] == 1
+    whole = measured(True)  # an answer that is not valid counts 0
+    for (_, served), (_, strict) in zip(whole["truncated_served"], whole["truncated"]):
+        assert 0 < strict < 0.4 * served
+    assert whole["turned"] == 1 and whole["consistency"] == 1
     assert measured(False)["turned"] == 0 and measured(False)["consistency"] < 1
