@@ -59,7 +59,7 @@ class Config:
     #   OPD; in OPD all states of a block then weigh alike, however few slots are open
 
     # AR: the teacher
-    ar_steps: Whole(0, MANY) = 1000
+    ar_steps: Whole(0, MANY) = 800
     ar_lr: Real(0, 1) = 4e-3
     ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: as cft_misplace; it grows from 0 to this
 
@@ -79,7 +79,7 @@ class Config:
     cft_penalty: Real(0) = 0.0     # ours [0]: price on labels that the answer shows already
 
     # OPD: on-policy distillation
-    opd_steps: Whole(0, MANY) = 100
+    opd_steps: Whole(0, MANY) = 50
     opd_lr: Real(0, 1) = 5e-5
     opd_divergence: OneOf("forward", "reverse", "jsd") = "jsd"  # KL(T||S), KL(S||T), or between
     opd_prompts: Whole(1, MANY) = 10 ** 6  # training prompts of the roll-outs, at most
@@ -130,6 +130,7 @@ SMALL = dict(
     cft_steps=1000,
     cft_misplace=0.558,
     cft_penalty=10.0,
+    opd_steps=100,
     rl_steps=60)
 # Few responses of the teacher to learn from: here OPD is needed (docs/regimes.md).
 FEW = dict(
@@ -172,8 +173,8 @@ RECIPE = dict(
 PRESETS = {
     # Synthetic users, 2 CPU cores: the values above.
     "toy": {},
-    "toy_few": FEW,
-    "toy_paper": RECIPE,
+    "toy_few": {**FEW, "ar_steps": 1000},
+    "toy_paper": {**RECIPE, "ar_steps": 1000, "opd_steps": 100},
     # Amazon Beauty on a laptop.
     "small": SMALL,
     "small_few": {**SMALL, **FEW, "ar_steps": 4000, "opd_steps": 100, "rl_steps": 20},

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from config import Config  # noqa: E402
-from data import (LABEL, MASK, PAD, draw_batch, in_answer, tensors,  # noqa: E402
+from data import (ANSWER, LABEL, MASK, PAD, draw_batch, in_answer, tensors,  # noqa: E402
                   token_weights)
 from diffusion import (decode_states, every_block, fill_last_block, predict_blocks,  # noqa: E402
                        take_blocks)
@@ -42,7 +42,7 @@ class Options:
     states: OneOf("masked", "committed", "next") = "masked"
     # scored in a state: all that is masked; what was committed there; the leftmost masked slot
     target: OneOf("teacher", "later") = "teacher"
-    # later: the student's own prediction of a slot in the state in which it committed it
+    # later: of answers, the student's own prediction of a slot in the state that committed it
     teacher_temperature: Real(above=0) = 1.0  # above 1 the target is softer
     rollout_temperature: Real(0) = 0.0  # of the student's draws; 0: greedy
     cut: Switch() = False  # nothing counts after the first label that the answer had already
@@ -131,7 +131,7 @@ def variant_loss(cfg, options, student, teacher, prompt, decoded, rng):
         hidden = predict_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
         predicted = student.logits(hidden[scored])                # (n, V)
         with torch.no_grad():
-            if options.target == "later":
+            if options.target == "later" and (tokens == ANSWER).any():
                 target = later_logits(student, prompt, decoded, B)  # (N, R, V)
                 target = take_blocks(target, block, B)[scored]    # (n, V)
             else:

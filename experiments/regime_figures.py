@@ -1,13 +1,14 @@
-"""Two regimes over a range: a table and a picture each, from the curves that regimes.py has left.
+"""Maps of regimes, tables and pictures, from the curves that regimes.py has left.
 
     python experiments/regime_figures.py --config toy_few --map responses
     python experiments/regime_figures.py --config toy --trace free --map wording
+    python experiments/regime_figures.py --config toy_paper --map paper
 
 responses: what a response of the teacher is worth, with OPD and without: the regimes few_<n> of
 --numbers. wording: what doubt in the text costs a parallel decoder: the regime `wording` in the
-folders <run_dir>/token, statement, trace. Every student is shown at the threshold that is best on
-the validation users; wordings at all thresholds. Writes <map>.md and <map>.png into the run's
-folder.
+folders <run_dir>/token, statement, trace. paper: the stages of the paper's recipe at its
+"quality-preserving" threshold, 0.9. In the first a student is shown at the threshold that is best
+on the validation users. Writes <map>.md, and <map>.png, into the run's folder.
 """
 import os
 import sys
@@ -39,7 +40,7 @@ SHOWN = {"AR": "ar", "CFT drawn text": "cft", "CFT greedy text": "opd", "OPD jsd
 
 @dataclass(frozen=True)
 class Options:
-    map: OneOf("responses", "wording") = "responses"  # which
+    map: OneOf("responses", "wording", "paper") = "responses"  # which
     numbers: Text() = "100,300,1000,3000,10000,40000"  # of responses, with commas
     seeds: Text() = "0,1,2"  # with commas
 
@@ -141,17 +142,32 @@ def wording_figure(curves):
     return fig
 
 
+# --- The paper's recipe -----------------------------------------------------------------------
+
+def paper(cfg, options, seeds):
+    """The table of the regime `paper`; no picture."""
+    shown = {"forwards": "{:.1f}", "valid": "{:.1%}", NDCG: "{:.3f}", "served ndcg@10": "{:.3f}",
+             "strict recall@1": "{:.3f}", "faithful": "{:.1%}"}
+    rows = []
+    for name in regime_of(cfg, "paper")[0]:
+        of = curve(cfg, "paper", name, seeds)["test"]
+        rows.append([name] + [form.format(means(of, score)[TAUS.index(0.9)])
+                              for score, form in shown.items()])
+    return ["stage", "forwards", "valid", "N@10", "as served", "R@1", "faithful"], rows, None
+
+
 def main(cfg, options):
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        draw = {"responses": responses, "wording": wordings}[options.map]
+        draw = {"responses": responses, "wording": wordings, "paper": paper}[options.map]
         head, rows, figure = draw(cfg, options, seeds)
     except ValueError:
         raise UserError("--seeds and --numbers must be whole numbers with commas between them")
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     text = "\n".join(lines).replace(" --- ", "---") + "\n"
     write_text(folder(cfg, f"{options.map}.md"), text)
-    save(cfg, figure, f"{options.map}.png")
+    if figure:
+        save(cfg, figure, f"{options.map}.png")
     print(text)
 
 

@@ -23,7 +23,7 @@ def strict_json(text):
     return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("config", ["toy", "small", "small/bound", "full"])
+@pytest.mark.parametrize("config", ["toy", "small", "full"])
 def test_report_md_is_made_of_report_json(config):
     text = read("results", config, "report.md")
     assert text == markdown(strict_json(read("results", config, "report.json")))

@@ -83,11 +83,11 @@ def test_a_stage_and_its_controls_are_compared_where_the_validation_users_say():
     curves = {
         "ours": curve([(2, .50, .8), (4, .70, .9), (8, .60, 1)],
                       [(2.5, .40, .7), (4.5, .30, .6), (8.5, .90, .5)]),
-        # 2 % more forwards are allowed, as at 4.07; it is never as good as the best here.
-        "more": curve([(3, .60, .9), (4.07, .68, .9), (9, .90, .9)],
+        # 5 % more forwards are allowed, as at 4.19; it is never as good as the best here.
+        "more": curve([(3, .60, .9), (4.19, .68, .9), (9, .90, .9)],
                       [(3.5, .55, .1), (4.2, .65, .2), (9.5, .85, .3)]),
-        # 4.09 are too many. At its best it takes 9.
-        "too many": curve([(3, .60, .9), (4.09, .65, .9), (9, .66, .9)],
+        # 4.21 are too many. At its best it takes 9.
+        "too many": curve([(3, .60, .9), (4.21, .65, .9), (9, .66, .9)],
                           [(3.5, .55, .1), (4.2, .65, .2), (9.5, .85, .3)]),
         # None is as fast: the fastest. At 2 forwards we are as good as its best.
         "slow": curve([(6, .40, .9), (5, .30, .9), (7, .45, .9)],
