@@ -1,7 +1,7 @@
 """Lossless decoding, quicker: the twin of ours/lossless.py, tested equal.
 
-Both models have a cache. The student's keeps blocks that were accepted whole: a draft begins inside
-a block, whose accepted slots are filled already. The teacher's keeps all accepted tokens.
+Both models have a cache. The teacher's keeps all accepted tokens. The student's serves the first
+draft: where it must draft again, tokens have changed, and it reads all anew.
 """
 import math
 
@@ -11,7 +11,7 @@ from data import EOS, MASK, PAD
 from fast.decode import BlockState, decode_block
 from fast.gpt import FastGPT, SlotCache
 from model import GREEDY, causal_mask
-from ours.lossless import lossless_decode
+from ours.lossless import amended, lossless_decode
 from sampler import unfinished
 
 
@@ -31,36 +31,34 @@ def fast_lossless_decode(teacher: FastGPT, student, prompt, max_len, block_size,
         verifies = torch.zeros_like(s.forwards)
         n = torch.zeros_like(s.forwards)                          # (N,) accepted tokens
         left = s.rows                                             # rows that are not finished
+        again = False
         while len(left):
-            draft(s, left, int(n[left].min()), rule)
+            draft(s, left, rule, again)
             n[left] = verify(s, teacher, cache, left, n[left])
             verifies[left] += 1
-            finished = (s.response == EOS).any(1) | (n >= max_len)
-            left = s.rows[~finished]
+            end = (s.response == EOS).int().argmax(1)             # 0 where there is none
+            has_end = (s.response == EOS).any(1)
+            finished = has_end & (end < n) | (n >= max_len)
+            left, again = s.rows[~finished], True
     tokens = s.response[:, :max_len]
     return torch.where(tokens == MASK, PAD, tokens), s.forwards.clone(), verifies.clone()
 
 
-def draft(s, rows, n, rule):
-    """The student fills the rest of the rows (m,), of which each has n tokens at least."""
+def draft(s, rows, rule, again):
+    """The student fills what is open in the rows (m,)."""
     B = s.B
-    for begin in range(n // B * B, s.R, B):
+    for begin in range(0, s.R, B):
         running = (s.response[rows, :begin] != EOS).all(1)
         open_ = unfinished(s.response[rows, begin:begin + B]) & running[:, None]  # (m, B)
         here = open_.any(1)
-        if not here.any():
-            continue
-        n_clean = B  # the block before was drafted just now, or ends with the teacher's token
-        if not open_[:, 0].any():
-            n_clean = 0                                           # it has been read as it is
-        elif begin == 0:
-            n_clean = s.P
-        decode_block(s, rows[here], begin, n_clean, rule, GREEDY)
+        if here.any():
+            n_clean = s.P + begin if again or begin == 0 else B
+            decode_block(s, rows[here], begin, n_clean, rule, GREEDY)
 
 
 def verify(s, teacher, cache, rows, n):
-    """The teacher reads the drafts of the rows (m,), n (m,) tokens of which are accepted already;
-    what it does not accept is [MASK] again -> n (m,)."""
+    """The teacher reads the drafts of the rows (m,), n (m,) tokens of which are accepted already,
+    and amends them -> n (m,)."""
     drafted = s.response[rows]                                    # (m, R)
     known = int(n.min())
     end = int((drafted != MASK).sum(1).max())                     # of the longest draft
@@ -81,8 +79,10 @@ def verify(s, teacher, cache, rows, n):
     slot = s.slot[:s.R]
     agree = (best == drafted[:, known:end]) | (slot[known:end] < n[:, None])
     n = known + agree.long().cumprod(1).sum(1, keepdim=True)      # (m, 1)
-    drafted[:, known:end] = torch.where(slot[known:end] == n, best, drafted[:, known:end])
-    drafted[slot > n] = MASK
-    is_end = drafted == EOS
-    s.response[rows] = drafted.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
-    return (s.response[rows] != MASK).sum(1)
+    text = drafted.clone()
+    text[:, known:end] = torch.where(slot[known:end] == n, best, drafted[:, known:end])
+    text[slot > n] = MASK
+    is_end = text == EOS
+    text = text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
+    s.response[rows] = amended(drafted, text)
+    return (text != MASK).sum(1)

@@ -1,13 +1,16 @@
 """Ours: lossless decoding. The student drafts, the teacher verifies; the text is AR's.
 
 One forward of the teacher over a draft says at every place what AR would write there. The draft is
-accepted up to the first difference, where the teacher's token comes; the rest is drafted anew:
+accepted up to the first difference, where the teacher's token comes:
 
     draft      L4  L1  L3  L2  [EOS]
     teacher    L4  L1  L2                   accepted: L4 L1 L2
-    draft      L4  L1  L2  L3  [EOS]        accepted: all, after two forwards of the teacher
+    amended    L4  L1  L2  L3  [EOS]        accepted: all, after two forwards of the teacher
 
-At a temperature, a token x that was drawn from q is accepted with probability min(1, p(x) / q(x)),
+The rest of a draft is kept, since greedily any draft will do. In an answer the teacher's label
+changes places with the one that it replaces: a ranking stays a ranking.
+
+At a temperature the rest is drafted anew. A token x that was drawn from q is accepted with probability min(1, p(x) / q(x)),
 p the teacher's; if it is refused, another comes from max(p - q, 0) (speculative sampling, arXiv
 2211.17192). That is a draw from p if q is what x was drawn from *given the text left of it*. But
 where a slot saw a token y to its right, accepting it says something about y: given that, y no
@@ -19,7 +22,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import EOS, MASK, PAD
+from data import EOS, MASK, PAD, in_answer
 from diffusion import predict_blocks
 from model import GREEDY, causal_hidden
 from sampler import commit, nothing_yet, open_slots
@@ -57,9 +60,11 @@ def draft(student, prompt, text, block_size, rule, sampling):
             now = decoded.commit_step[:, span] == step            # (N, B)
             q[:, span][now] = distribution(logits, sampling.temperature)[now]
             step += 1
-    if sampling.temperature:  # greedily any draft will do
+    if sampling.temperature:
         step = decoded.commit_step.masked_fill(text != MASK, -1)
         q[~in_order(step, block_size)] = 0
+    else:  # whoever wrote it
+        q = F.one_hot(decoded.filled, q.shape[-1]).to(q.dtype)
     return decoded, q
 
 
@@ -83,6 +88,18 @@ def verify(teacher, prompt, text, drafted, q, sampling):
     return text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
 
 
+def amended(drafted, text):
+    """The next draft, greedily: the accepted text (N, R), then the rest of the last one, drafted
+    (N, R). What is [MASK] there the student drafts."""
+    last = (text != MASK).sum(1, keepdim=True) - 1                # (N, 1) the teacher's token
+    new, old = text.gather(1, last), drafted.gather(1, last)
+    slot = torch.arange(text.shape[1], device=text.device)
+    text = torch.where(slot > last, drafted, text)
+    text = torch.where((slot > last) & in_answer(text) & (text == new), old, text)
+    is_end = text == EOS
+    return text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
+
+
 @functools.singledispatch
 @torch.no_grad()
 def lossless_decode(teacher, student, prompt, max_len, block_size, rule, sampling=GREEDY):
@@ -92,11 +109,14 @@ def lossless_decode(teacher, student, prompt, max_len, block_size, rule, samplin
     rule: which slots the student commits together, a value with `choose`."""
     N, R = len(prompt), math.ceil(max_len / block_size) * block_size
     text = prompt.new_full((N, R), MASK)                          # what is accepted, then [MASK]
+    begun = text.clone()                                          # what a draft goes on from
     drafts, verifies = prompt.new_zeros(N), prompt.new_zeros(N)
     left = torch.arange(N, device=prompt.device)                  # rows that are not finished
     while len(left):
-        decoded, q = draft(student, prompt[left], text[left], block_size, rule, sampling)
+        decoded, q = draft(student, prompt[left], begun[left], block_size, rule, sampling)
         text[left] = verify(teacher, prompt[left], text[left], decoded.filled, q, sampling)
+        greedily = not sampling.temperature
+        begun[left] = amended(decoded.filled, text[left]) if greedily else text[left]
         drafts[left] += decoded.forwards
         verifies[left] += 1
         finished = (text == EOS).any(1) | (text[:, max_len - 1] != MASK)
