@@ -25,6 +25,7 @@ from trainer import decode
 
 COLOURS = {"ar": "#333333", "naive": "#b0b0b0", "cft": "#1f77b4", "opd": "#2ca02c",
            "rl": "#d62728"}
+WIDEST = 20  # slots in a row of the denoising figure
 KINDS = {"valid": "#2ca02c", "duplicated": "#d62728", "dropped": "#ff7f0e",
          "out_of_set": "#9467bd"}
 
@@ -217,8 +218,8 @@ def save_denoising(cfg, world, model, user=0):
 
 
 def denoising_figure(cfg, world, model, user=0, tau=None):
-    """The response to one test user as a grid, one block a row, coloured by the step of its block
-    in which each token was committed.
+    """The response to one test user as a grid, one block a row (a wide one takes several),
+    coloured by the step of its block in which each token was committed.
 
     Returns the figure, a function that hides what came after (block, step), and these pairs in
     the order of the forwards."""
@@ -228,15 +229,20 @@ def denoising_figure(cfg, world, model, user=0, tau=None):
     narrower = (0, -len(tokens) % B)  # the last block, with --trace bound
     tokens = np.pad(tokens, narrower, constant_values=PAD).reshape(-1, B)
     steps = np.pad(steps, narrower, constant_values=NEVER).reshape(-1, B)
+    per = -(-B // WIDEST)  # rows of a block
+    W = -(-B // per)
+    fill = (0, 0), (0, per * W - B)
+    tokens = np.pad(tokens, fill, constant_values=PAD).reshape(-1, W)
+    steps = np.pad(steps, fill, constant_values=NEVER).reshape(-1, W)
     words = [[short(world.words[token]) for token in row] for row in tokens]
     width = 0.35 + 0.075 * max(len(word) for row in words for word in row)
-    fig, ax = pyplot().subplots(figsize=(max(6, width * B), 0.55 * len(tokens) + 1.2))
-    names = [f"block {i + 1}" for i in range(len(tokens))]
-    ax.set(xlim=(0, B), ylim=(len(tokens), 0), yticks=np.arange(len(tokens)) + 0.5,
+    fig, ax = pyplot().subplots(figsize=(max(6, width * W), 0.55 * len(tokens) + 1.2))
+    names = ["" if i % per else f"block {i // per + 1}" for i in range(len(tokens))]
+    ax.set(xlim=(0, W), ylim=(len(tokens), 0), yticks=np.arange(len(tokens)) + 0.5,
            yticklabels=names, xticks=[], title=" ")
-    cells = draw_cells(ax, words, np.where(tokens != PAD, steps, -1))
+    cells = draw_cells(ax, words, np.where(tokens != PAD, steps, -1), per)
     for i, j in zip(*np.nonzero(steps != NEVER)):  # a forward may write nothing that stays
-        cells.setdefault((int(i), int(steps[i, j])), [])
+        cells.setdefault((int(i) // per, int(steps[i, j])), [])
     fig.tight_layout()
     n_tokens = int((tokens != PAD).sum())
 
@@ -253,9 +259,9 @@ def denoising_figure(cfg, world, model, user=0, tau=None):
     return fig, show_until, sorted(cells)
 
 
-def draw_cells(ax, words, steps):
-    """Words and their steps, a row a block, -1 where nothing was written -> {(block, step): the
-    boxes and texts that appear there}."""
+def draw_cells(ax, words, steps, per=1):
+    """Words and their steps, `per` rows a block, -1 where nothing was written -> {(block, step):
+    the boxes and texts that appear there}."""
     plt = pyplot()
     n_steps = int(steps.max()) + 1
     colours = plt.get_cmap("viridis_r")(np.linspace(0.05, 0.6, n_steps))
@@ -267,7 +273,7 @@ def draw_cells(ax, words, steps):
         # A word of the data is no markup: a $ would begin a formula.
         text = ax.text(j + 0.48, i + 0.46, words[i][j], ha="center", va="center", fontsize=11,
                        color="black" if step < n_steps / 2 else "white", parse_math=False)
-        cells.setdefault((int(i), step), []).extend((box, text))
+        cells.setdefault((int(i) // per, step), []).extend((box, text))
     for step in range(n_steps):
         ax.plot([], [], "s", color=colours[step], ms=9, label=f"step {step + 1}")
     ax.legend(ncol=min(n_steps, 8), loc="upper center", bbox_to_anchor=(0.5, -0.02),
