@@ -289,6 +289,14 @@ def percent(value):
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
+def interval(value):
+    """A difference as evaluate.paired_interval gives it, or None."""
+    low, mean, high = value or (None, None, None)
+    if mean is None:
+        return "–"
+    return f"{mean:+.4f}" + ("" if low is None else f" [{low:+.4f}, {high:+.4f}]")
+
+
 def two(falsified, which):
     """The rank of a candidate before and after."""
     ranks = falsified[f"rank_of_{which}_same"], falsified[f"rank_of_{which}_forged"]

@@ -91,21 +91,27 @@ def scored_slots(options, decoded, block, step, open_):
     return scored | slot0
 
 
+def every_step(decoded, block_size):
+    """A segment for each step of each block: the step that committed a token, -1 outside the
+    response (N, R); the segments' blocks and steps (N, M)."""
+    committed = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)  # (N, R)
+    n_steps = int(committed.max()) + 1
+    block = every_block(decoded.tokens, block_size)               # (N, R / B)
+    step = torch.arange(n_steps, device=block.device).repeat(block.shape[1])  # (M,)
+    return committed, block.repeat_interleave(n_steps, 1), step.expand(len(block), -1)
+
+
 def later_logits(student, prompt, decoded, block_size):
     """The student's logits of every token of its roll-outs, each in the state in which it was
     committed: (N, R, V), 0 after [EOS]."""
     B = block_size
-    step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)  # (N, R)
-    n_steps = int(step.max()) + 1
-    block = every_block(decoded.tokens, B)                        # (N, R / B)
-    shown = torch.arange(n_steps, device=step.device).repeat(block.shape[1]).expand(len(step), -1)
-    block = block.repeat_interleave(n_steps, 1)                   # (N, M), a segment a step
-    noised, _ = decode_states(decoded, block, shown, B)           # (N, M, B)
+    committed, block, step = every_step(decoded, B)
+    noised, _ = decode_states(decoded, block, step, B)            # (N, M, B)
     hidden = predict_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
-    here = take_blocks(step, block, B) == shown[..., None]        # (N, M, B)
+    here = take_blocks(committed, block, B) == step[..., None]    # (N, M, B)
     logits = student.logits(hidden[here])                         # (n, V)
     row, segment, slot = here.nonzero(as_tuple=True)
-    out = logits.new_zeros(*step.shape, logits.shape[-1])
+    out = logits.new_zeros(*committed.shape, logits.shape[-1])
     return out.index_put((row, block[row, segment] * B + slot), logits)
 
 

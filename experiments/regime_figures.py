@@ -23,6 +23,7 @@ from dataclasses import dataclass  # noqa: E402
 
 import numpy as np  # noqa: E402
 
+from analyse import interval, table  # noqa: E402
 from config import folder  # noqa: E402
 from evaluate import paired_interval  # noqa: E402
 from ours.wording import entropy_bits  # noqa: E402
@@ -30,6 +31,7 @@ from plumbing.checkpoint import load_tensors  # noqa: E402
 from plumbing.settings import OneOf, Text, UserError  # noqa: E402
 from regimes import MEASURED, TAUS, best, means, points_path, regime_of, settings  # noqa: E402
 from report.figures import COLOURS, pyplot, save  # noqa: E402
+from report.options import finished_seeds  # noqa: E402
 from report.rows import write_text  # noqa: E402
 from trainer import load_world  # noqa: E402
 
@@ -73,16 +75,19 @@ def at_best(of):
 
 def responses(cfg, options, seeds):
     """The table and the picture of the regimes few_<n>."""
-    numbers = [int(n) for n in options.numbers.split(",")]
+    try:
+        numbers = [int(n) for n in options.numbers.split(",")]
+    except ValueError:
+        raise UserError("--numbers must be whole numbers with commas between them")
     rows, heights = [], []
     for n in numbers:
         of = {name: at_best(curve(cfg, f"few_{n}", name, seeds))
               for name in ("AR", "CFT", "more CFT", "OPD")}
         text = max("CFT", "more CFT", key=lambda name: of[name][2])
-        low, mean, high = paired_interval(of["OPD"][0] - of[text][0])[0]
+        gain = paired_interval(of["OPD"][0] - of[text][0])[0]
         cells = [f"{of[name][0].mean():.3f} ({of[name][1]:.1f})"
                  for name in ("CFT", "more CFT", "OPD")]
-        rows.append([f"{n:,}", *cells, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"])
+        rows.append([f"{n:,}", *cells, interval(gain)])
         heights.append([of[name][0].mean(1) for name in (text, "OPD", "AR")])
     head = ["responses", "CFT", "more CFT", "OPD", "OPD − the better CFT"]
     return head, rows, responses_figure(numbers, np.array(heights))
@@ -157,14 +162,9 @@ def paper(cfg, options, seeds):
 
 
 def main(cfg, options):
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-        draw = {"responses": responses, "wording": wordings, "paper": paper}[options.map]
-        head, rows, figure = draw(cfg, options, seeds)
-    except ValueError:
-        raise UserError("--seeds and --numbers must be whole numbers with commas between them")
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    text = "\n".join(lines).replace(" --- ", "---") + "\n"
+    draw = {"responses": responses, "wording": wordings, "paper": paper}[options.map]
+    head, rows, figure = draw(cfg, options, finished_seeds(cfg, options.seeds))
+    text = table(head, rows) + "\n"
     write_text(folder(cfg, f"{options.map}.md"), text)
     if figure:
         save(cfg, figure, f"{options.map}.png")

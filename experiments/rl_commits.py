@@ -31,8 +31,9 @@ import torch.nn.functional as F  # noqa: E402
 
 from config import Config  # noqa: E402
 from data import PAD, draw_batch, tensors  # noqa: E402
-from diffusion import decode_states, every_block, predict_blocks, take_blocks  # noqa: E402
+from diffusion import decode_states, predict_blocks, take_blocks  # noqa: E402
 from model import GREEDY, Sampling  # noqa: E402
+from opd_variants import every_step  # noqa: E402
 from ours.bound import write  # noqa: E402
 from plumbing.checkpoint import device_of, start_from  # noqa: E402
 from plumbing.settings import Real, Switch, Text, UserError  # noqa: E402
@@ -83,11 +84,7 @@ def replay_steps(model, prompt, decoded, block_size, power):
     -> those of the tokens (N, R), 0 outside the response; those of the choices (N, M, B), a
     segment a step of each block; and which of those were choices, bool (N, M, B)."""
     B, (N, R) = block_size, decoded.tokens.shape
-    in_response = decoded.tokens != PAD
-    step = torch.where(in_response, decoded.commit_step, -1)      # (N, R)
-    n_steps = int(step.max()) + 1
-    shown = torch.arange(n_steps).repeat(R // B).expand(N, -1)    # (N, M)
-    block = every_block(decoded.tokens, B).repeat_interleave(n_steps, 1)
+    step, block, shown = every_step(decoded, B)                   # (N, R), (N, M), (N, M)
     noised, _ = decode_states(decoded, block, shown, B)           # (N, M, B)
     hidden = predict_blocks(model, prompt, decoded.clean, noised, block)  # (N, M, B, d)
     logp = F.log_softmax(model.logits(hidden), dim=-1)            # (N, M, B, V)

@@ -37,7 +37,7 @@ from dataclasses import dataclass  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from analyse import exchange, percent, table, whole_blocks  # noqa: E402
+from analyse import exchange, interval, percent, table, whole_blocks  # noqa: E402
 from config import STAGES, Config, folder  # noqa: E402
 from data import LABEL, NONE, PAD, parse_answers, statements  # noqa: E402
 from evaluate import paired_interval, score_order, stage_decoder  # noqa: E402
@@ -238,12 +238,9 @@ def markdown(lines):
     """The measures, and N@10 of truncated traces: two tables."""
     rows, cut = [], []
     for line in lines:
-        low, mean, high = line["diff_to_unbound"] or (None, None, None)
         who = [line["stage"], SEES[line["trace"]]]
         rows.append([
-            *who, f"{line['ndcg@10']:.3f}",
-            "–" if mean is None else f"{mean:+.4f}" + (
-                "" if low is None else f" [{low:+.4f}, {high:+.4f}]"),
+            *who, f"{line['ndcg@10']:.3f}", interval(line["diff_to_unbound"]),
             *(percent(line[name]) for name in MEASURES[1:])])
         for name, score in zip(CURVES, ("served", "strict")):
             if line[name]:

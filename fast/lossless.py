@@ -11,7 +11,7 @@ from data import EOS, MASK, PAD
 from fast.decode import BlockState, decode_block
 from fast.gpt import FastGPT, SlotCache
 from model import GREEDY, causal_mask
-from ours.lossless import amended, lossless_decode
+from ours.lossless import amended, lossless_decode, up_to_end
 from sampler import unfinished
 
 
@@ -36,9 +36,8 @@ def fast_lossless_decode(teacher: FastGPT, student, prompt, max_len, block_size,
             draft(s, left, rule, again)
             n[left] = verify(s, teacher, cache, left, n[left])
             verifies[left] += 1
-            end = (s.response == EOS).int().argmax(1)             # 0 where there is none
-            has_end = (s.response == EOS).any(1)
-            finished = has_end & (end < n) | (n >= max_len)
+            accepted = s.slot[:R] < n[:, None]                    # (N, R)
+            finished = ((s.response == EOS) & accepted).any(1) | (n >= max_len)
             left, again = s.rows[~finished], True
     tokens = s.response[:, :max_len]
     return torch.where(tokens == MASK, PAD, tokens), s.forwards.clone(), verifies.clone()
@@ -82,7 +81,6 @@ def verify(s, teacher, cache, rows, n):
     text = drafted.clone()
     text[:, known:end] = torch.where(slot[known:end] == n, best, drafted[:, known:end])
     text[slot > n] = MASK
-    is_end = text == EOS
-    text = text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
+    text = up_to_end(text)
     s.response[rows] = amended(drafted, text)
     return (text != MASK).sum(1)

@@ -10,11 +10,12 @@ accepted up to the first difference, where the teacher's token comes:
 The rest of a draft is kept, since greedily any draft will do. In an answer the teacher's label
 changes places with the one that it replaces: a ranking stays a ranking.
 
-At a temperature the rest is drafted anew. A token x that was drawn from q is accepted with probability min(1, p(x) / q(x)),
-p the teacher's; if it is refused, another comes from max(p - q, 0) (speculative sampling, arXiv
-2211.17192). That is a draw from p if q is what x was drawn from *given the text left of it*. But
-where a slot saw a token y to its right, accepting it says something about y: given that, y no
-longer comes from its q. So such a slot is never accepted (`in_order`), and a draft ends there.
+At a temperature the rest is drafted anew. A token x that was drawn from q is accepted with
+probability min(1, p(x) / q(x)), p the teacher's; if it is refused, another comes from
+max(p - q, 0) (speculative sampling, arXiv 2211.17192). That is a draw from p if q is what x was
+drawn from *given the text left of it*. But where a slot saw a token y to its right, accepting it
+says something about y: given that, y no longer comes from its q. So such a slot is never accepted
+(`in_order`), and a draft ends there.
 """
 import functools
 import math
@@ -41,6 +42,12 @@ def in_order(step, block_size):
     return (of_block == first).view_as(step)
 
 
+def up_to_end(text):
+    """Text (N, R) with [MASK] after its first [EOS]."""
+    is_end = text == EOS
+    return text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
+
+
 def draft(student, prompt, text, block_size, rule, sampling):
     """sampler.plain_decode with a given beginning, text (N, R), then [MASK] -> Decoded, and the
     distributions (N, R, V) of its tokens, 0 where none can be accepted."""
@@ -57,13 +64,14 @@ def draft(student, prompt, text, block_size, rule, sampling):
             hidden = predict_blocks(student, prompt, decoded.clean, state, block)
             logits = student.logits(hidden[:, 0])                 # (N, B, V)
             commit(decoded, span, step, logits, rule, sampling)
-            now = decoded.commit_step[:, span] == step            # (N, B)
-            q[:, span][now] = distribution(logits, sampling.temperature)[now]
+            if sampling.temperature:
+                now = decoded.commit_step[:, span] == step        # (N, B)
+                q[:, span][now] = distribution(logits, sampling.temperature)[now]
             step += 1
     if sampling.temperature:
         step = decoded.commit_step.masked_fill(text != MASK, -1)
         q[~in_order(step, block_size)] = 0
-    else:  # whoever wrote it
+    else:  # greedily a token may be anyone's
         q = F.one_hot(decoded.filled, q.shape[-1]).to(q.dtype)
     return decoded, q
 
@@ -84,8 +92,7 @@ def verify(teacher, prompt, text, drafted, q, sampling):
     token = torch.multinomial(rest, 1, generator=sampling.generator)          # (N, 1)
     slot = torch.arange(text.shape[1], device=text.device)
     text = torch.where(slot < n, drafted, torch.where(slot == n, token, MASK))
-    is_end = text == EOS
-    return text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
+    return up_to_end(text)
 
 
 def amended(drafted, text):
@@ -96,8 +103,7 @@ def amended(drafted, text):
     slot = torch.arange(text.shape[1], device=text.device)
     text = torch.where(slot > last, drafted, text)
     text = torch.where((slot > last) & in_answer(text) & (text == new), old, text)
-    is_end = text == EOS
-    return text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
+    return up_to_end(text)
 
 
 @functools.singledispatch

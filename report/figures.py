@@ -259,7 +259,7 @@ def denoising_figure(cfg, world, model, user=0, tau=None):
     return fig, show_until, sorted(cells)
 
 
-def draw_cells(ax, words, steps, per=1):
+def draw_cells(ax, words, steps, per):
     """Words and their steps, `per` rows a block, -1 where nothing was written -> {(block, step):
     the boxes and texts that appear there}."""
     plt = pyplot()
