@@ -18,24 +18,24 @@ class Config:
     config: OneOf("toy", "toy_few", "toy_paper", "small", "small_few", "small_paper",
                   "full") = "toy"  # preset: see PRESETS
     seed: Whole(0, 2 ** 63 - 1) = 0  # every draw of a step depends on (seed, stage, step) alone
-    teacher: Text() = ""         # checkpoint of an AR teacher, instead of this run's own
-    init: Text() = ""            # checkpoint to start from, instead of the stage before
+    from_: Text() = ""           # --from: folder of another run, or of one of its stages, for the
+    #   stages that this run does not have itself
+    again: Switch() = False      # train a finished stage anew
     run_dir: Text() = "runs"     # results: <run_dir>/<config>/, weights: .../seed<seed>/<stage>/
     threads: Whole(1, 256) = 2   # CPU threads; bit-identical runs need the same number
     device: OneOf("auto", "cpu", "cuda") = "auto"  # auto: the GPU, if there is one
-    fast: Switch() = True        # the quick twins of fast/, tested equal; false: the plain code
 
     # The world: what a prompt is made of. Label words: 2 n_candidates, so answers can be wrong.
-    world: OneOf("toy", "toy_random_labels", "toy_expert", "toy_target", "beauty", "beauty_hybrid",
-                 "beauty_expert", "beauty_target") = "toy"
+    world: OneOf("toy", "toy_random_labels", "toy_expert", "toy_target", "beauty", "beauty_expert",
+                 "beauty_target") = "toy"
     #   toy: label L3 is the third of the list; toy_random_labels: labels are dealt out at random
     #   *_expert: rankings of an expert who errs; *_target: the same, what the user took first
-    #   beauty_hybrid: the pre-ranker also scores brand and category
     data_dir: Text() = "data/beauty"  # Amazon Beauty: sequences.txt and items.tsv
     n_candidates: Whole(2, 63) = 8    # K, the length of all lists but some in training
     vary_lists: Real(0, 1) = 0.4      # share of training lists with a length from K / 2 to K
-    trace: OneOf("none", "free", "bound") = "bound"  # ours [free]: the answer sees the trace
-    #   alone; free: prompt and trace; none: there is no trace
+    trace: OneOf("free", "bound") = "bound"  # ours [free]: the answer sees the trace alone; with
+    #   free it sees the prompt as well
+    answer_share: Real(0, 1) = 0.67   # with bound traces: share of the steps that train answers
     wording: OneOf("fixed", "token", "statement", "trace") = "fixed"  # ours [fixed]: synonyms in
     #   traces, drawn for each token, for each statement or for the whole trace
     n_train: Whole(1, 10 ** 7) = 40000  # training examples (on Beauty: at most)
@@ -55,28 +55,24 @@ class Config:
     answer_weight: Real(above=0) = 4.0  # loss weight of an answer token; a trace token has 1
     every: Whole(1, MANY) = 100       # save, and show the valid rate, after so many steps
 
-    answer_states: Whole(0, 64) = 2   # ours [0]: further states of the answer's blocks, in CFT and
-    #   OPD; in OPD all states of a block then weigh alike, however few slots are open
-
     # AR: the teacher
     ar_steps: Whole(0, MANY) = 800
     ar_lr: Real(0, 1) = 4e-3
-    ar_misplace: Real(0, 0.6) = 0.31  # ours [0]: as cft_misplace; it grows from 0 to this
 
     # The sampler: how students decode, chosen on validation users
     block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel, in training too
     tau: Real(above=0, high=1) = 0.5  # commit what is surer; can be changed after training
-    commit: OneOf("independent", "threshold") = "independent"  # ours [threshold]: rule of commits
-    clash: Real(0, 1) = 0.4        # ours: unsure slots go together if P(same token) <= this
+    commit: OneOf("apart", "threshold") = "apart"  # ours [threshold]: slots that want the same
+    #   label are not committed together
 
     # CFT: conversion fine-tuning
     cft_steps: Whole(0, MANY) = 1000
     cft_lr: Real(0, 1) = 2e-3
     cft_gold: Switch() = True      # train on the reference orders; false: on the teacher's own
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
-    cft_first_step: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
-    cft_misplace: Real(0, 0.6) = 0.31  # ours [0]: share of full lists shown out of order
-    cft_penalty: Real(0) = 0.0     # ours [0]: price on labels that the answer shows already
+    cft_states: Whole(1, 64) = 3   # ours [1]: states of each block in one forward pass
+    cft_first_steps: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
+    cft_ar_weight: Real(0) = 1.0   # ours [0]: weight of the AR loss in the mix
 
     # OPD: on-policy distillation
     opd_steps: Whole(0, MANY) = 50
@@ -99,7 +95,6 @@ class Config:
     rl_eps_high: Real(0) = 0.28    # ... and 1 + eps_high
     rl_alpha: Real(0) = 0.1        # format reward
     rl_conditional: Switch() = True  # format reward only if the target rose, or stayed first
-    rl_anchor: Real(0) = 1.0       # ours [0]: weight of OPD's divergence on the roll-outs
 
     @property
     def n_labels(self):
@@ -122,14 +117,10 @@ SMALL = dict(
     **BEAUTY,
     d_model=128,
     warmup=100,
-    answer_states=3,
     block_size=64,  # a whole trace, with its [EOS]
     tau=0.3,
-    clash=0.1,
     ar_steps=2000,
     cft_steps=1000,
-    cft_misplace=0.558,
-    cft_penalty=10.0,
     opd_steps=100,
     rl_steps=60)
 # Few responses of the teacher to learn from: here OPD is needed (docs/regimes.md).
@@ -140,8 +131,6 @@ FEW = dict(
     cft_prompts=300,
     cft_steps=200,  # more of them learn the responses by heart
     cft_lr=1e-3,
-    cft_misplace=0.0,
-    cft_penalty=0.0,
     opd_steps=400,
     opd_lr=1e-3,
     opd_divergence="forward",
@@ -150,15 +139,12 @@ FEW = dict(
 PAPER = dict(  # without what is ours
     trace="free",
     wording="fixed",
-    answer_states=0,
-    ar_misplace=0.0,
     commit="threshold",
-    cft_first_step=0.0,
-    cft_misplace=0.0,
-    cft_penalty=0.0,
+    cft_states=1,
+    cft_first_steps=0.0,
+    cft_ar_weight=0.0,
     opd_anchor=0.0,
-    opd_exclude=False,
-    rl_anchor=0.0)
+    opd_exclude=False)
 # The paper's recipe as it is written, at our size. (Its teacher is SFT, then RL: make paper.)
 RECIPE = dict(
     **PAPER,
@@ -188,8 +174,7 @@ PRESETS = {
         batch_size=128,
         block_size=64,
         tau=0.2,
-        clash=0.1,
-        ar_steps=1500,
+            ar_steps=1500,
         ar_lr=1e-3,
         cft_steps=500,
         cft_lr=1e-3,

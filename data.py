@@ -1,4 +1,4 @@
-"""What goes in and what comes out: prompts, reasoning traces, answers.
+"""What goes in and what comes out: prompts, reasoning traces, answers, and examples made of them.
 
 A prompt shows a user's history and K candidates, in the order of a cheap pre-ranker. A response
 is a reasoning trace (a profile of the user, then the evidence of every candidate, never a rank),
@@ -11,12 +11,12 @@ candidates:
              L1 x3:1 y4:0 z4:0  L2 x4:0 y1:1 z2:0  L3 x3:1 y1:1 z4:0  L4 x2:3 y4:0 z3:3
     answer   <answer> L4 L1 L2 L3 [EOS]
 
-x3:1: the history has x3 once; 3 stands for three times or more. Every statement follows from the
-prompt, so a rule can check a trace. *target*: the label of the item that the user took next;
-*incoming*: the list's order; *order*: the ranking to learn (here a match weighs less than a place).
+x3:1 says that the history has x3 once; 3 stands for three times or more. Every statement follows
+from the prompt, so a rule can check a trace. *target* is the label of the item that the user took
+next, *incoming* the order of the list, *order* the ranking to learn.
 
-A list shorter than K leaves its last places empty (<none>), so that whatever a statement looks up
-in the prompt is always equally far away.
+If a list is shorter than K, its last places are filled with <none>. So the distance between a
+statement and the prompt token that it copies is the same in all lists.
 """
 import dataclasses
 import functools
@@ -72,10 +72,9 @@ class World:
     checksum: str = ""  # of all that the splits were made of: a checkpoint belongs to one world
     canonical: np.ndarray = None  # (V,) synonym -> its word (ours/wording.py); None: no synonyms
 
-    @property
-    def max_response(self):
-        """Length of the longest response: trace, <answer>, K labels, [EOS]."""
-        return self.train.trace.shape[1] + 1 + self.train.order.shape[1] + 1
+    def longest(self, trace):
+        """Tokens of the longest response of each kind of example, its [EOS] included: a list."""
+        return [examples.response.shape[1] for examples in examples_of(self.train, trace)]
 
     def plain(self, tokens):
         """Tokens, an array, with every synonym as its word: what is said, however it is worded."""
@@ -103,15 +102,6 @@ def responses(trace, order):
     return pack(np.concatenate((trace, answer, labels, end), axis=1), left=False)
 
 
-def tensors(split, rows, device):
-    """Prompts (n, P) and responses (n, R) of some rows, int64, without columns of padding."""
-    out = []
-    for tokens in (split.prompt[rows], split.response[rows]):
-        used = (tokens != PAD).any(0)
-        out.append(torch.from_numpy(tokens[:, used]).to(device).long())
-    return out
-
-
 def draw_list_lengths(n, cfg, rng):
     """Lengths (n,) of training lists: K, or with probability vary_lists uniform in [min_list, K].
 
@@ -121,10 +111,82 @@ def draw_list_lengths(n, cfg, rng):
     return np.where(varied, length, cfg.n_candidates)
 
 
-def draw_batch(n, size, rng):
+# --- Examples: what a model reads and what it writes -------------------------------------------
+
+@dataclass
+class Examples:
+    """Examples of one kind, a row each: what is read, and what is to be written."""
+    prompt: np.ndarray    # (N, P) int16 tokens, padded on the left
+    response: np.ndarray  # (N, R) int16 tokens, padded on the right; each ends with [EOS]
+
+    def __len__(self):
+        return len(self.prompt)
+
+    def take(self, rows):
+        return Examples(self.prompt[rows], self.response[rows])
+
+
+def examples_of(split, trace):
+    """The examples that users give, row n of each kind from user n: a list of Examples.
+
+    With trace "free", as in the paper, there is one kind:
+
+        <history> x1 y2 ... x2 y4 z3   ->  <profile> x2 y2 z3  L1 x3:1 ...  <answer> L4 ... [EOS]
+
+    With trace "bound" (ours) there are two. The answer is written from the trace alone, so only
+    what the trace says can decide the ranking:
+
+        <history> x1 y2 ... x2 y4 z3   ->  <profile> x2 y2 z3  L1 x3:1 ... z3:3 [EOS]
+        <profile> x2 y2 z3  L1 x3:1 ...  ->  <answer> L4 L1 L2 L3 [EOS]
+    """
+    if trace == "free":
+        return [Examples(split.prompt, split.response)]
+    end = np.full((len(split), 1), EOS, np.int16)
+    ended = pack(np.concatenate((split.trace, end), axis=1), left=False)
+    answer = responses(split.trace[:, :0], split.order)
+    return [Examples(split.prompt, ended), Examples(pack(split.trace, left=True), answer)]
+
+
+def as_prompt(trace):
+    """Traces as they were written (N, R) -> as they are read: without [EOS], padded on the left."""
+    text = np.where(trace == EOS, PAD, trace)
+    text[(text == PAD).all(1), -1] = EOS  # of an empty trace something has to be read
+    return pack(text, left=True)
+
+
+def joined(written):
+    """Whole responses (N, R) from what was written of each kind, arrays (N, R_kind). Between a
+    trace and its answer there may be [PAD]."""
+    *traces, answer = written
+    texts = [np.where(trace == EOS, PAD, trace) for trace in traces]
+    return np.concatenate((*texts, answer), axis=1)
+
+
+def tensors(examples, rows, device):
+    """Prompts (n, P) and responses (n, R) of some rows, int64. Columns of padding are left out of
+    the prompts. Responses stay as wide as the longest that can be met."""
+    prompt = examples.prompt[rows]
+    prompt = prompt[:, (prompt != PAD).any(0)]
+    response = examples.response[rows]
+    return (torch.from_numpy(prompt).to(device).long(),
+            torch.from_numpy(response).to(device).long())
+
+
+def draw_rows(n, size, rng):
     """Row numbers (size,) below n, drawn with replacement."""
     return torch.randint(n, (size,), generator=rng).numpy()
 
+
+def draw_examples(kinds, size, answer_share, rng):
+    """A batch for one step, all of one kind: the Examples drawn from, and row numbers (size,).
+
+    Answers are the harder part, so they come with probability answer_share."""
+    is_answer = torch.rand((), generator=rng) < answer_share
+    examples = kinds[-1] if is_answer else kinds[0]
+    return examples, draw_rows(len(examples), size, rng)
+
+
+# --- The parts of a response -------------------------------------------------------------------
 
 def in_answer(tokens):
     """Which tokens (N, R) come after <answer>: bool (N, R)."""

@@ -1,10 +1,9 @@
 """Block diffusion: who sees whom in training, the noise, and the replay of a decode.
 
-A response is cut into blocks of B tokens, counted from its start. A block sees the prompt, the
-finished blocks before it, and itself in both directions; where a token is not known yet it shows
-[MASK]. A *state* of a block is the block with some of its tokens masked. In training, one forward
-reads the prompt, the clean response, and *segments*, each of which holds one state of a block; a
-block may have several.
+A response is cut into blocks of B tokens, counted from its start. A *state* of a block is the
+block with some of its tokens shown as [MASK]. A model sees a state in both directions, and before
+it the prompt and the finished text. In training, one forward pass reads the prompt, the clean
+response and *segments*; each segment is a state of one block, and a block may have several.
 
 The token shift of the AR model stays: the output at a token predicts the next one. So the first
 token of a block is predicted by the last *clean* token before it, as in AR decoding. In the
@@ -17,7 +16,6 @@ example of data.py, with B = 4:
 
 At B = 1 nothing but first tokens is left: block diffusion is AR.
 """
-import functools
 import math
 
 import torch
@@ -32,50 +30,46 @@ from model import pad_left
 def block_mask(prompt_len, response_len, block_size, block):
     """Who sees whom: bool (N, T, T), True = may see, T = P + R + M B.
 
-    Segment m of row n is a copy of block[n, m], block (N, M). A row of two blocks, a copy of each:
+    Segment m of row n is a state of block[n, m], block (N, M). A row of two blocks, a state each:
 
-        may see      prompt  block 0  block 1  copy of 0  copy of 1
+        may see      prompt  block 0  block 1  state of 0  state of 1
         prompt       causal
-        block 0        x        x
-        block 1        x        x        x
-        copy of 0      x                           x
-        copy of 1      x        x                             x
+        block 0        x      causal
+        block 1        x        x      causal
+        state of 0     x                           x
+        state of 1     x        x                              x
 
-    These are the three masks of BD3-LM (arXiv 2503.09573, sec. 3.2 and app. B.6)."""
+    The clean text is read from the left, so its outputs are those of the AR model and its keys
+    serve both decoders. (BD3-LM, arXiv 2503.09573, sec. 3.2, lets a clean block see itself in both
+    directions; the other entries are its masks.)"""
     P, R, B = prompt_len, response_len, block_size
     N, M = block.shape
     device = block.device
 
-    # The block of every column. A prompt token is a block of its own: -P, ..., -1.
-    prompt = torch.arange(-P, 0, device=device)                   # (P,)
-    clean = torch.arange(R, device=device) // B                   # (R,)
-    shared = torch.cat((prompt, clean)).expand(N, -1)             # (N, P + R)
-    copies = block.repeat_interleave(B, dim=1)                    # (N, M B)
-    number = torch.cat((shared, copies), dim=1)                   # (N, T)
-    # The segment of every column: -1 for prompt and clean response, then 0 to M - 1.
+    # Prompt and clean response: every token sees what is before it.
+    column = torch.arange(P + R, device=device)                   # (P + R,)
+    causal = column <= column[:, None]                            # (P + R, P + R)
+
+    # A segment sees the clean text before its block ...
+    start = P + block.repeat_interleave(B, dim=1) * B             # (N, M B) first column of it
+    past = column < start[..., None]                              # (N, M B, P + R)
+    # ... and itself, in both directions.
     segment = torch.arange(M, device=device).repeat_interleave(B)
-    none = segment.new_full((P + R,), -1)
-    segment = torch.cat((none, segment))                          # (T,)
+    itself = segment[:, None] == segment                          # (M B, M B)
 
-    query = number[:, :, None]                                    # (N, T, 1)
-    key = number[:, None]                                         # (N, 1, T)
-    noised = segment[:, None] >= 0                                # (T, 1) the query is in a segment
-    clean = segment < 0                                           # (T,) the key is in none
-    # A block sees itself, in both directions.
-    block_diagonal = (query == key) & (segment[:, None] == segment)
-    # A noised block sees the finished blocks before it, clean.
-    offset_block_causal = (query > key) & noised & clean
-    # The clean text sees the clean text up to the end of its block.
-    block_causal = (query >= key) & ~noised & clean
-    return block_diagonal | offset_block_causal | block_causal
+    unseen = causal.new_zeros(P + R, M * B)  # the clean text sees no segment
+    clean_rows = torch.cat((causal, unseen), dim=1).expand(N, -1, -1)   # (N, P + R, T)
+    segment_rows = torch.cat((past, itself.expand(N, -1, -1)), dim=2)   # (N, M B, T)
+    return torch.cat((clean_rows, segment_rows), dim=1)
 
 
-@functools.singledispatch
-def predict_blocks(model, prompt, clean, noised, block):
-    """Hidden states that predict the tokens of every segment, in one forward.
+def read_blocks(model, prompt, clean, noised, block):
+    """Both kinds of predictions in one forward: hidden states (N, R, d) that predict the clean
+    tokens from the left, as in AR, and hidden states (N, M, B, d) that predict the tokens of
+    every segment.
 
     prompt (N, P) padded on the left; clean (N, R) the response, whole blocks; noised (N, M, B)
-    the segments, of the blocks numbered block (N, M) -> (N, M, B, d)."""
+    the segments, which are states of the blocks numbered block (N, M)."""
     N, P = prompt.shape
     R = clean.shape[1]
     M, B = noised.shape[1:]
@@ -97,13 +91,13 @@ def predict_blocks(model, prompt, clean, noised, block):
     mask.diagonal(dim1=1, dim2=2).fill_(True)                     # ... but itself
     hidden = model(tokens, positions, mask[:, None])              # (N, T, d)
 
-    # The token shift. Slot 0 is predicted by the clean token before its block, slot j by slot
-    # j - 1 of the segment.
-    segment = torch.arange(M, device=device)[:, None]             # (M, 1)
-    before = P + R + segment * B + slot - 1                       # (M, B)
-    asked = torch.where(slot == 0, start - 1, before)             # (N, M, B) columns
-    row = torch.arange(N, device=device)[:, None, None]
-    return hidden[row, asked]
+    # The token shift. A clean token is predicted by the one before it. So is slot 0 of a block;
+    # slot j is predicted by slot j - 1 of the segment.
+    from_left = hidden[:, P - 1:P + R - 1]                        # (N, R, d)
+    first = take_blocks(from_left, block, B)[:, :, :1]            # (N, M, 1, d)
+    segments = hidden[:, P + R:].view(N, M, B, -1)                # (N, M, B, d)
+    shifted = torch.cat((first, segments[:, :, :-1]), dim=2)      # (N, M, B, d)
+    return from_left, shifted
 
 
 # --- Blocks -----------------------------------------------------------------------------------
@@ -117,7 +111,7 @@ def every_block(response, block_size):
 
 def take_blocks(x, block, block_size):
     """Cuts x (N, R, ...) into blocks and takes those numbered block (N, M): (N, M, B, ...)."""
-    of_row = x.view(len(x), -1, block_size, *x.shape[2:])         # (N, R / B, B, ...)
+    of_row = x.unflatten(1, (-1, block_size))                     # (N, R / B, B, ...)
     row = torch.arange(len(x), device=x.device)[:, None]
     return of_row[row, block]
 
@@ -125,34 +119,39 @@ def take_blocks(x, block, block_size):
 def fill_last_block(response, block_size):
     """Extends responses (N, R), padded on the right, to whole blocks: (N, R').
 
-    The sampler starts every block as B masks and cannot know where the response ends. So the
-    slots after [EOS] are part of what it sees: they are filled with [EOS], and trained. Returns
-    also which slots belong to a row's blocks, bool (N, R'); the others stay [PAD]."""
+    The sampler starts every block as B masks and cannot know where the response ends. So it also
+    sees the slots after [EOS]: they are filled with [EOS], and the model learns to write them.
+    Returns also which slots were filled, bool (N, R'). Blocks after the last stay [PAD]."""
     B = block_size
     R = math.ceil(response.shape[1] / B) * B
     response = F.pad(response, (0, R - response.shape[1]), value=PAD)
     length = (response != PAD).sum(1, keepdim=True)               # (N, 1)
     end = (length + B - 1) // B * B                               # of the last block
     in_block = torch.arange(R, device=response.device) < end      # (N, R')
-    filled = torch.where(in_block & (response == PAD), EOS, response)
-    return filled, in_block
+    is_fill = in_block & (response == PAD)
+    return response.masked_fill(is_fill, EOS), is_fill
 
 
-def draw_noise(block, block_size, rng):
+def draw_noise(block, block_size, first_steps, rng):
     """Masks for segments of the blocks numbered block (N, M): masked (N, M, B) bool, and the loss
     weight of each slot, (N, M, B).
 
-    A slot is masked with probability t, one t ~ U(0, 1] a segment, and then weighs 1 / t, which
-    makes up for how rarely it is masked (MDLM, arXiv 2406.07524, eq. 10). Slot 0 is predicted
-    from the clean text: it is shown, and always weighs 1."""
+    For each segment t is drawn from U(0, 1]. A slot is masked with probability t; a masked slot
+    has weight 1 / t, which makes up for how rarely it is masked (MDLM, arXiv 2406.07524, eq. 10).
+    Slot 0 is predicted from the clean text: it is shown, and always has weight 1.
+
+    Ours: a share `first_steps` of the segments has t = 1, as every block has when its decoding
+    begins. The paper has 0."""
     N, M = block.shape
     n, B = N * M, block_size
     # Stratified: one t in each of n equal parts of (0, 1]. The same distribution, less variance.
     part = torch.randperm(n, generator=rng)
     t = 1 - (part + torch.rand(n, generator=rng)) / n             # (n,) rand is < 1, so t > 0 ...
     t = t.clamp(min=1e-7)                                         # ... but for rounding
+    is_first = torch.rand(n, generator=rng) < first_steps         # ours
+    t = torch.where(is_first, 1.0, t)                             # ours
     masked = torch.rand(n, B, generator=rng) < t[:, None]         # (n, B)
-    masked[:, 0] = False
+    masked[:, 0] = is_first  # a first step shows [MASK] in slot 0 too
     weight = masked / t[:, None]
     weight[:, 0] = 1.0
     masked = masked.view(N, M, B).to(block.device)
@@ -161,27 +160,27 @@ def draw_noise(block, block_size, rng):
 
 # --- Replay, to be read after sampler.py: exact log-probabilities of what it wrote ------------
 
-def decode_states(decoded, block, step, block_size):
+def decode_states(decoded, block, step):
     """Blocks as the sampler saw them in a step: block, step (N, M) -> noised (N, M, B) and which
     slots were still masked, bool (N, M, B). What was committed in an earlier step is shown."""
-    committed = take_blocks(decoded.commit_step, block, block_size)   # (N, M, B)
-    filled = take_blocks(decoded.filled, block, block_size)
+    B = decoded.block_size
+    committed = take_blocks(decoded.commit_step, block, B)        # (N, M, B)
+    filled = take_blocks(decoded.filled, block, B)
     open_ = committed >= step[..., None]
     return torch.where(open_, MASK, filled), open_
 
 
-@functools.singledispatch
-def replay_logp(model, prompt, decoded, block_size, temperature=0.0):
+def replay_logp(model, prompt, decoded, temperature=0.0):
     """Log-probabilities (N, R) of the decoded tokens, each in the state in which it was
     committed; 0 outside the response. Differentiable. Equals decoded.logp for the model that
     decoded.
 
-    A block depends on the clean blocks before it only, so all states of all blocks are segments
-    of one forward (TraceRL, arXiv 2509.06949). Choosing the slots adds no factor: it follows from
-    the distributions, not from the drawn tokens. So the product of these probabilities is the
-    likelihood of what was drawn, with one exception. Tokens committed after an early [EOS], in
-    its block, are left out: later steps saw them, but they are no part of the response."""
-    B = block_size
+    A block depends on the clean text before it only, so all states of all blocks are segments of
+    one forward (TraceRL, arXiv 2509.06949). Given a state, the commit rule chooses slots from the
+    distributions alone and never looks at the drawn tokens. So the choice has probability 1, and
+    the product of the token probabilities is the likelihood of the decode. There is one exception:
+    tokens of a block that come after an early [EOS] influenced later steps but are not counted."""
+    B = decoded.block_size
     N, R = decoded.tokens.shape
     n_blocks = R // B
     step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)   # (N, R)
@@ -191,8 +190,8 @@ def replay_logp(model, prompt, decoded, block_size, temperature=0.0):
     block = every_block(decoded.tokens, B).repeat_interleave(n_steps, 1)  # (N, M)
     shown_step = torch.arange(n_steps, device=prompt.device).repeat(n_blocks)  # (M,)
     shown_step = shown_step.expand(N, -1)
-    noised, _ = decode_states(decoded, block, shown_step, B)      # (N, M, B)
-    hidden = predict_blocks(model, prompt, decoded.clean, noised, block)  # (N, M, B, d)
+    noised, _ = decode_states(decoded, block, shown_step)         # (N, M, B)
+    _, hidden = read_blocks(model, prompt, decoded.clean, noised, block)  # (N, M, B, d)
 
     # Every token is scored in one of them, in the step that committed it.
     scored = take_blocks(step, block, B) == shown_step[..., None]  # (N, M, B)

@@ -1,42 +1,59 @@
 """Evaluation: every stage on the same test users, in one table.
 
-    python evaluate.py --config toy            # about 2 minutes on 2 CPU cores
-    python evaluate.py --config toy --show 3   # three users, and what the last student wrote
+    python evaluate.py --config toy               # on 2 CPU cores: less than a minute
+    python evaluate.py --config toy --show 3      # three users: what AR and the student wrote
+    python evaluate.py --config toy --seeds 0,1,2
 
-Reads the checkpoints under runs/<config>/seed*/; writes report.json, report.md and figures there.
-Students are decoded at one operating point (block size, commit rule, tau); a curve over tau serves
-the figures. A metric is taken *as served* (an invalid answer is repaired) and *strict* (it counts
-0). Beside the stages: *naive*, the teacher's weights under the student's sampler, and
-*constrained*, the last student, allowed permutations only; *lossless*, AR's text, drafted by it.
+Reads the checkpoints under runs/<config>/seed*/, and writes report.json, report.md and figures to
+runs/<config>/. The students are decoded with one block size, commit rule and tau; on the first
+users also with other values of tau (the curve). Every metric of a ranking is computed twice: *as
+served*, where an invalid answer is repaired, and *strict*, where it scores 0. The rows:
+
+    prerank      the incoming order
+    oracle       the order that the training text has (Beauty: writer)
+    ar           the teacher, decoded token by token
+    naive        the teacher's weights in the block sampler, without further training
+    cft, opd, rl the students, decoded in blocks
+    own ar       the weights of cft, decoded token by token
+    lossless     the same text as own ar, drafted in blocks (ours/lossless.py)
 """
 import dataclasses
 import functools
-import math
-
-from plumbing.script import script  # before numpy and torch: see there
+from dataclasses import dataclass
 
 import numpy as np
 
-from data import PAD, faithfulness, parse_answers
+from data import PAD, faithfulness, joined, parse_answers
+from ours.lossless import lossless_decode
 from plumbing.checkpoint import finished_stages
-from plumbing.decoding import decode_split
 from plumbing.processes import RANK
-from report.beside import results_beside
-from report.constrained import constrained_decode
+from plumbing.script import script
+from plumbing.settings import Numbers, OneOf, Real, Text, Whole
 from report.figures import draw_figures
-from report.lossless import lossless_write
-from report.options import Options, chosen_split, finished_seeds
-from report.rows import SCORED, Result, first_users, known_orders, make_report, write_report
 from report.show import show
-from report.speed import add_times
-from report.table import summary
-from trainer import ar_write, decode, load_world
+from report.speed import speeds
+from report.table import (Result, chosen_seeds, first_users, known_orders, make_report, summary,
+                          write_report)
+from trainer import ar_writer, block_writer, decode_split, load_world, rule_of
 
 METRICS = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr")
 PARSED = ("valid", "duplicated", "dropped", "out_of_set", "identity", "trace_tokens")
-OF_TEACHER = ("ar", "naive")
-OF_AR = {"ar": ar_write, "lossless": lossless_write}  # the text is the teacher's
-MUST_DIFFER = 50  # fewer users that differ support no interval: it would be too narrow
+CURVE = ("naive", "cft", "opd", "rl")  # rows that are decoded at several tau
+TIMED = ("ar", "cft", "lossless")      # rows whose speed is measured
+MUST_DIFFER = 50                       # where fewer users differ, an interval would be too narrow
+
+
+@dataclass(frozen=True)
+class Options:
+    show: Whole(0, 10 ** 6) = 0  # print so many test users, and what AR and the student wrote
+    seeds: Text() = ""           # seeds that are averaged, such as 0,1,2; empty: that of --seed
+    eval_split: OneOf("test", "val") = "test"  # val, to choose settings: writes report_val.json
+    eval_taus: Numbers(above=0, high=1) = (0.3, 0.7, 0.9, 1.0)  # the curve, beside tau itself
+    eval_curve_users: Whole(1, 10 ** 9) = 200  # users on the curve; the table has all
+    eval_speed_seconds: Real(0, 3600) = 4.0    # spent on speed at each batch size
+
+    PRESETS = {"small": dict(eval_taus=(0.2, 0.7, 0.9, 1.0), eval_curve_users=300),
+               "full": dict(eval_taus=(0.9, 0.95, 1.0), eval_curve_users=1000)}
 
 
 # --- Metrics ----------------------------------------------------------------------------------
@@ -56,16 +73,15 @@ def ranking_metrics(rank):
 
 
 def score(world, split, tokens, forwards=None):
-    """All that is measured on responses (N, R) to the rows of a split: {name: (N,) array}."""
+    """All that is measured on whole responses (N, R) to the users of a split: {name: (N,)}."""
     answers = parse_answers(tokens, split.incoming)
     out = score_order(split, answers.order)
     for metric in METRICS:
         out[f"strict {metric}"] = out[f"served {metric}"] * answers.valid
     for name in PARSED:
         out[name] = getattr(answers, name).astype(float)
-    if split.trace.shape[1]:  # else nothing is claimed
-        said, rule = world.plain(tokens), world.plain(split.trace)
-        out["faithful"] = faithfulness(said, rule, world.n_labels)
+    said, rule = world.plain(tokens), world.plain(split.trace)
+    out["faithful"] = faithfulness(said, rule, world.n_labels)
     if forwards is not None:
         out["forwards"] = forwards.astype(float)
         out["tokens"] = (tokens != PAD).sum(1).astype(float)
@@ -74,7 +90,7 @@ def score(world, split, tokens, forwards=None):
 
 def score_order(split, order):
     """The same for rankings (N, K) that no model wrote."""
-    rank = (order == split.target[:, None]).argmax(1)
+    rank = (order == split.target[:, None]).argmax(1)             # (N,)
     identity = (order == split.incoming).all(1).astype(float)
     out = {"valid": np.ones(len(rank)), "identity": identity}
     for metric, values in ranking_metrics(rank).items():
@@ -85,111 +101,140 @@ def score_order(split, order):
 
 # --- Is a difference more than chance? --------------------------------------------------------
 
-@functools.lru_cache(maxsize=2)  # all comparisons of n users share them: drawing costs the most
+@functools.lru_cache(maxsize=2)  # all comparisons of n users use the same draws, which cost most
 def resampled(n, n_draws=2000):
-    """How often each of n users is drawn in bootstrap samples of n: (n_draws, n)."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_draws)
+    """How often each of n users is in each bootstrap sample of n users: (n_draws, n)."""
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_draws)
+    return counts.astype(np.float32)
 
 
 def paired_bootstrap(a, b):
-    """95 % interval of mean(a - b), scores (N,) of the same users, drawn with replacement:
-    [low, mean, high]. Paired, so what makes a user hard for both cancels."""
-    difference = a - b
-    means = resampled(len(difference)) @ difference / len(difference)
+    """The 95 % interval of mean(a - b), scores (N,) of the same users: [low, mean, high].
+
+    Users are drawn with replacement, and the mean is taken anew each time. a and b are paired:
+    what makes a user hard for both cancels."""
+    difference = a - b                                            # (N,)
+    means = resampled(len(difference)) @ difference / len(difference)  # (n_draws,)
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(difference.mean()), float(high)]
 
 
-def paired_interval(difference):
-    """95 % interval of a mean difference (seeds, N), a - b, of N users -> [low, mean, high], and
-    how many users differ on some seed. low and high are None where fewer than 50 do.
+def t_quantile(df):
+    """The t for which a variable T of Student's distribution lies in [-t, t] with probability .95.
 
-    The bootstrap draws users and holds the seeds fixed. Other seeds would train other students,
-    so the variance of the mean over k seeds is added: side = sqrt(side^2 + 1.96^2 s^2 / k).
-    How often it holds the true value is simulated in tests/test_evaluate.py."""
+    With T = sqrt(df) tan(angle), the density of the angle is proportional to
+    cos(angle)^(df - 1). So the angle can be read off its cumulative sum."""
+    angle = np.linspace(0, np.pi / 2, 100001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    density = np.cos(middle) ** (df - 1)
+    up_to = np.append(0, np.cumsum(density)) / density.sum()      # P(|T| <= sqrt(df) tan(angle))
+    return df ** 0.5 * np.tan(np.interp(0.95, up_to, angle))
+
+
+def paired_interval(difference):
+    """The 95 % interval of a mean difference, differences (seeds, N) of the same N users ->
+    [low, mean, high], and how many users differ on some seed. Where fewer than 50 do, low and
+    high are None.
+
+    One seed: the bootstrap over users. k seeds: other users and other seeds would both give
+    another mean, so its variance has two parts,
+
+        users   the variance of the mean over seeds, over n users:  var / n
+        seeds   the variance of the k means over users:             s^2 / k
+
+    s^2 is known badly from a few seeds. Student's t makes up for that, with as many degrees of
+    freedom as Satterthwaite's rule gives to a sum of two estimated variances. How often the
+    interval holds the true value is simulated in tests/test_evaluate.py."""
+    k, n = difference.shape
     n_differ = int((difference != 0).any(0).sum())
-    low, mean, high = paired_bootstrap(difference.mean(0), 0.0)
+    mean = float(difference.mean())
     if n_differ < MUST_DIFFER:
         return [None, mean, None], n_differ
-    by_seeds = 0.0
-    if len(difference) > 1:
-        by_seeds = 1.96 * difference.mean(1).std(ddof=1) / len(difference) ** 0.5
-    low = mean - math.hypot(mean - low, by_seeds)
-    high = mean + math.hypot(high - mean, by_seeds)
-    return [low, mean, high], n_differ
+    if k == 1:
+        return paired_bootstrap(difference[0], 0.0), n_differ
+    users = difference.mean(0).var(ddof=1) / n
+    seeds = difference.mean(1).var(ddof=1) / k
+    df = (users + seeds) ** 2 / (users ** 2 / (n - 1) + seeds ** 2 / (k - 1))
+    side = float(t_quantile(df) * (users + seeds) ** 0.5)
+    return [mean - side, mean, mean + side], n_differ
 
 
 # --- Decoding every stage ---------------------------------------------------------------------
 
-def stage_decoder(cfg, world, model, stage, tau):
-    """The decoder of a stage as decode_split wants it: token by token for the teacher."""
-    def decoder(prompt, rows):
-        if stage in OF_AR:
-            decoded = OF_AR[stage](cfg, model, prompt, world.max_response)
-        elif stage == "constrained":
-            decoded = constrained_decode(cfg, world, model, prompt, rows)
-        else:
-            decoded = decode(cfg, model, prompt, world.max_response, tau)
-        return decoded.tokens, decoded.forwards
-    return decoder
+def models_of(stages):
+    """{row: model} for the rows of the table that stages, {stage: (model, checkpoint)}, allow."""
+    models = {"ar": stages["ar"][0], "naive": stages["ar"][0]}
+    models |= {stage: model for stage, (model, _) in stages.items()}
+    # Of the students only CFT's is trained to decode token by token as well.
+    if "cft" in stages and stages["cft"][1]["settings"]["cft_ar_weight"]:
+        models["own ar"] = models["lossless"] = models["cft"]
+    return models
 
 
-def evaluate_stage(cfg, options, world, model, stage):
-    """A stage at the operating point, on all users; at other taus on the first: [Result]."""
-    def at(tau, n_users, reported):
+def decoder_of(cfg, row, model, tau=None):
+    """The decoder of a row (trainer.py), at the settings' tau or at another."""
+    def lossless(prompt, max_len):
+        return lossless_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg))
+
+    if row == "lossless":
+        return lossless
+    return ar_writer(model) if row in ("ar", "own ar") else block_writer(cfg, model, tau)
+
+
+def evaluate_row(cfg, options, world, row, model):
+    """A row at the settings' tau, on all test users, then the points of its curve: [Result]."""
+    def result(n_users, tau, on_curve):
         split = world.test.take(slice(0, n_users))
-        decoder = stage_decoder(cfg, world, model, stage, tau)
-        tokens, forwards = decode_split(cfg, split, decoder, f"seed {cfg.seed} {stage} tau {tau}")
-        return Result(stage, cfg.seed, tau, reported, score(world, split, tokens, forwards))
+        decoder = decoder_of(cfg, row, model, tau)
+        written, forwards = decode_split(cfg, world, split, decoder)
+        return Result(row, cfg.seed, score(world, split, joined(written), forwards), tau, on_curve)
 
-    few = min(options.eval_curve_users, len(world.test))
-    served = at(None if stage == "ar" else cfg.tau, len(world.test), True)
-    scores = first_users(served.scores, few)  # the operating point is on the curve too
-    results = [served, dataclasses.replace(served, reported=False, scores=scores)]
-    if stage not in ("constrained", *OF_AR):
-        others = sorted(set(options.eval_taus) - {cfg.tau})
-        results += [at(tau, few, False) for tau in others]
-    return results
+    print(f"seed {cfg.seed}: {row} ...", flush=True)
+    if row not in CURVE:
+        return [result(len(world.test), None, False)]
+    in_table = result(len(world.test), cfg.tau, False)
+    n = min(options.eval_curve_users, len(world.test))
+    # The table's tau is a point of the curve too: its first users need not be decoded again.
+    curve = [dataclasses.replace(in_table, scores=first_users(in_table.scores, n), on_curve=True)]
+    curve += [result(n, tau, True) for tau in sorted(set(options.eval_taus) - {cfg.tau})]
+    return [in_table, *curve]
 
 
-def evaluate_seed(cfg, options, world, known):
-    """Results of every finished stage of a seed; its teacher's are taken from known, if given."""
-    finished = finished_stages(cfg, world)
-    models = {stage: model for stage, (model, _) in finished.items()}
-    last = list(models)[-1]
-    models["naive"] = models["ar"]
-    if last != "ar":
-        models |= {"constrained": models[last], "lossless": (models["ar"], models[last])}
-
-    results = [dataclasses.replace(result, seed=cfg.seed) for result in known]
-    for stage in SCORED:
-        if stage in models and not (known and stage in OF_TEACHER):
-            results += evaluate_stage(cfg, options, world, models[stage], stage)
-    add_times(cfg, options, world, models, finished, results)
+def evaluate_seed(cfg, options, world):
+    """The Results of all stages of a seed, with their speed and the time that training took."""
+    stages = finished_stages(cfg, world)
+    models = models_of(stages)
+    results = []
+    for row, model in models.items():
+        results += evaluate_row(cfg, options, world, row, model)
+    timed = {row: decoder_of(cfg, row, models[row]) for row in TIMED if row in models}
+    times = speeds(cfg, world, timed, options.eval_speed_seconds)
+    for result in results:
+        if not result.on_curve:
+            result.times = times.get(result.row, {})
+        if result.row in stages:
+            result.train_seconds = stages[result.row][1]["seconds"]
     return results
 
 
 def main(cfg, options):
-    world, name = chosen_split(load_world(cfg), options)
+    if RANK:  # of several processes one evaluates
+        return
+    world = load_world(cfg)
+    if options.eval_split == "val":
+        world = dataclasses.replace(world, test=world.val, references={})
     if options.show:
         return show(cfg, world, options.show)
-    results = []
-    for row, order in known_orders(cfg, world).items():
-        results.append(Result(row, None, None, True, score_order(world.test, order)))
-    results += results_beside(cfg, options, world)  # other runs (--beside)
-    known = []
-    for seed in finished_seeds(cfg, options.seeds):
-        found = evaluate_seed(dataclasses.replace(cfg, seed=seed), options, world, known)
-        results += found
-        if cfg.teacher:  # one for all seeds: it is decoded once
-            known = [result for result in found if result.stage in OF_TEACHER]
+    results = [Result(row, None, score_order(world.test, order))
+               for row, order in known_orders(cfg, world).items()]
+    for seed in chosen_seeds(cfg, options.seeds):
+        results += evaluate_seed(dataclasses.replace(cfg, seed=seed), options, world)
 
     report = make_report(cfg, options, world, results, paired_interval)
-    if RANK == 0:  # printed first: a full disk or a figure that fails must not cost the table
-        print(f"\n{summary(report)}", flush=True)
-    write_report(cfg, name, report, results, world.test.target)
-    if RANK == 0:
-        draw_figures(cfg, options, world, report, results)
+    print("\n" + summary(report), flush=True)  # first: a full disk must not cost the table
+    name = "report" if options.eval_split == "test" else "report_val"
+    write_report(cfg, name, report)
+    draw_figures(cfg, name, report)
 
 
 if __name__ == "__main__":

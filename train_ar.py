@@ -1,88 +1,60 @@
 """Stage 1, AR: the teacher, a GPT that writes a reasoning trace and then the ranking.
 
-    python train_ar.py --config toy      # 2 minutes on 2 CPU cores; expect match above .97
-    python train_ar.py --config small    # Amazon Beauty, 20 minutes; expect match .98
+    python train_ar.py --config toy      # on 2 CPU cores
+    python train_ar.py --config small    # Amazon Beauty
 
-Next-token cross-entropy on the response. The few answer tokens weigh more than the many trace
-tokens (GR2, arXiv 2602.07774: lambda_answer > lambda_trace). Traces are written by rule from the
-prompt; answers by the oracle (toy) or by a learned scorer that only writes training data (Beauty).
-The paper's teacher is this *and then RL*: `train_rl.py` with `--block_size 1` on its weights.
+Next-token cross-entropy on the response. Traces are written by rule from the prompt; answers by
+the oracle (toy) or by a learned scorer that only writes training data (Beauty). The paper's teacher
+is this *and then RL*: see `make paper`.
 
-Logged in metrics.jsonl: loss; trace_nats and answer_nats (mean -log p of a token, unweighted); now
-and then, of 64 validation users, valid (share of valid answers) and match (share of tokens as in
-the reference).
+metrics.jsonl has the loss of every step and, at some steps, what 64 validation users are given:
+valid (share of valid answers) and match (share of tokens as in the reference).
 """
-from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
-
 import torch
 import torch.nn.functional as F
 
-from data import PAD, draw_batch, in_answer, tensors, token_weights
+from data import draw_examples, examples_of, tensors, token_weights
 from model import causal_hidden
-from ours.bound import mean_loss, packed, requests
-from ours.labels import best_left, misplaced
 from plumbing.checkpoint import device_of, start_from
-from plumbing.settings import UserError
-from trainer import Run, ar_write, autocast, load_world, rng_for, valid_rate
+from plumbing.processes import share
+from plumbing.script import script
+from trainer import Run, ar_writer, autocast, load_world, rng_for, validate
 
 
-def ar_loss(cfg, model, prompt, response, shown_from):
-    """The loss, and -log p of every token (N, R).
+def weighted_nats(model, hidden, target, weight):
+    """Cross-entropy of tokens target (n,) under hidden states (n, d), in nats, times weight (n,).
+
+    The result is a sum, a scalar."""
+    logits = model.logits(hidden)                                 # (n, V)
+    nats = F.cross_entropy(logits, target, reduction="none")      # (n,)
+    return (nats * weight).sum()
+
+
+def ar_loss(cfg, model, prompt, response):
+    """The AR loss in nats a token, a scalar: prompt (N, P), response (N, R).
 
         L = sum_i w_i (-log p(y_i | y_<i, prompt)) / sum_i w_i
-
-    prompt (N, P), response (N, R). shown_from (N, R), ours: place i shows token shown_from[i].
-    Without misplaced labels it is 0, 1, 2, ..., and read = target = response."""
+    Answer tokens have the weight answer_weight, trace tokens 1 (GR2, arXiv 2602.07774)."""
     weight = token_weights(response, cfg.answer_weight)           # (N, R)
-    read = response.gather(1, shown_from)                         # ours; the paper: response
-    target = response.gather(1, best_left(shown_from))            # ours; the paper: response
+    real = weight > 0
     with autocast(cfg, prompt.device):
-        hidden = causal_hidden(model, prompt, read)               # (N, R, d)
-        logits = model.logits(hidden).transpose(1, 2)             # (N, V, R)
-    nats = F.cross_entropy(logits, target, reduction="none")      # (N, R)
-    loss = (nats * weight).sum() / weight.sum()
-    return loss, nats.detach()
-
-
-def validate(cfg, world, model, n=64):
-    """valid and match on the first validation users."""
-    rows = range(min(n, len(world.val)))
-    prompt, reference = tensors(world.val, rows, device_of(cfg))
-    tokens = packed(ar_write(cfg, model, prompt, world.max_response).tokens, left=False)
-    tokens = F.pad(tokens, (0, reference.shape[1] - tokens.shape[1]), value=PAD)
-    match = (tokens == reference) | (reference == PAD)
-    return {
-        "valid": valid_rate(tokens, world.val, rows),
-        "match": match.float().mean().item()}
+        hidden = causal_hidden(model, prompt, response)           # (N, R, d)
+        total = weighted_nats(model, hidden[real], response[real], weight[real])
+    return total / weight.sum()
 
 
 def main(cfg):
-    if cfg.teacher:
-        raise UserError("train_ar.py trains a teacher: leave out --teacher")
     world = load_world(cfg)
-    model = start_from(cfg, world, None)
+    model = start_from(cfg, world, "ar")
     run = Run(cfg, "ar", model, world)
+    kinds = examples_of(world.train, cfg.trace)
     for step in run.steps():
         rng = rng_for(cfg, "ar", step)
-        rows = draw_batch(len(world.train), cfg.batch_size, rng)
-        prompt, response = tensors(world.train, rows, device_of(cfg))
-        # The share of misplaced labels grows from 0: a model that does not know the right order
-        # yet cannot learn it from wrong ones.
-        share = cfg.ar_misplace * step / run.n_steps
-        parts = requests(cfg, prompt, response)                   # ours; the paper: one
-        losses, nats = zip(*(
-            ar_loss(own, model, read, written, misplaced(written, share, rng))
-            for own, read, written in parts))
-        log = run.update(mean_loss(parts, losses))
-
-        nats = torch.cat(nats, dim=1)                             # (N, R)
-        response = torch.cat([written for _, _, written in parts], dim=1)
-        real = response != PAD
-        answer = in_answer(response)
-        log["trace_nats"] = nats[real & ~answer].mean().item()
-        log["answer_nats"] = nats[real & answer].mean().item()
+        examples, rows = draw_examples(kinds, share(cfg.batch_size), cfg.answer_share, rng)
+        prompt, response = tensors(examples, rows, device_of(cfg))  # (N, P), (N, R)
+        log = run.update(ar_loss(cfg, model, prompt, response))
         if run.time_to_validate():
-            log |= validate(cfg, world, model)
+            log |= validate(cfg, world, ar_writer(model))
         run.log(**log)
 
 

@@ -16,21 +16,20 @@ loss in the mix.
 Logged: loss (both terms); divergence alone; rollout_valid (share of valid answers among those
 written); valid and tokens_per_forward as in CFT.
 """
-from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
-
 import torch
 import torch.nn.functional as F
 
-from data import PAD, draw_batch, tensors, token_weights
-from diffusion import decode_states, every_block, predict_blocks, take_blocks
-from model import NO_TOKEN, Sampling, causal_hidden
-from ours.bound import mean_loss
-from ours.labels import exclude_shown
-from ours.states import answer_blocks, state_weights
+from data import PAD, draw_examples, examples_of, tensors, token_weights
+from diffusion import decode_states, every_block, read_blocks, take_blocks
+from model import NO_TOKEN, causal_hidden
+from ours.exclude import exclude_shown
 from plumbing.checkpoint import device_of, load_stage, start_from
-from sampler import NEVER
-from trainer import Run, autocast, load_world, rng_for, roll_out, valid_rate
-from train_cft import batch_loss, training_responses, validate
+from plumbing.processes import share
+from plumbing.script import script
+from sampler import NEVER, block_decode
+from trainer import (Run, autocast, block_writer, load_world, rng_for, rule_of, sampling_on,
+                     validate)
+from train_cft import cft_loss, training_text
 
 
 def kl(log_p, log_q):
@@ -61,11 +60,11 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
 
 
-def draw_steps(decoded, block, block_size, rng):
+def draw_steps(decoded, block, rng):
     """A step of each block (N, M), uniform among those that the sampler took there: (N, M).
 
-    0 for a block after the response's end."""
-    step = take_blocks(decoded.commit_step, block, block_size)    # (N, M, B)
+    It is 0 for a block after the response's end."""
+    step = take_blocks(decoded.commit_step, block, decoded.block_size)  # (N, M, B)
     last = step.masked_fill(step == NEVER, -1).amax(-1)           # (N, M)
     n_steps = last + 1
     u = torch.rand(n_steps.shape, generator=rng).to(step.device)
@@ -77,29 +76,24 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
 
     prompt (N, P), decoded: the student's responses (N, R). Nothing after the first [EOS] counts.
     """
-    B = cfg.block_size
-    tokens = decoded.tokens
+    B = decoded.block_size
+    tokens = decoded.tokens                                       # (N, R)
 
     # 1. Draw a state of each block, and see it as the sampler did.
     block = every_block(tokens, B)                                # (N, M)
-    extra = answer_blocks(tokens, B, cfg.answer_states)          # ours: more of the answer
-    block = torch.cat((block, extra), dim=1)                      # ours
-    step = draw_steps(decoded, block, B, rng)
-    noised, open_ = decode_states(decoded, block, step, B)        # (N, M, B)
+    step = draw_steps(decoded, block, rng)                        # (N, M)
+    noised, open_ = decode_states(decoded, block, step)           # (N, M, B)
 
     # 2. Score the slots still masked there, and always slot 0: the clean text predicts it.
     slot0 = torch.arange(B, device=tokens.device) == 0
     real = take_blocks(tokens != PAD, block, B)                   # (N, M, B)
     scored = real & (slot0 | open_)
     weight = token_weights(tokens, cfg.answer_weight)             # (N, R)
-    weight = take_blocks(weight, block, B)                        # (N, M, B)
-    if cfg.answer_states:                                         # ours
-        weight = weight * state_weights(block, scored, real)      # (N, M, 1)
-    weight = weight[scored]                                       # (n,)
+    weight = take_blocks(weight, block, B)[scored]                # (n,)
 
     # 3. The student predicts them from the state, the teacher from the finished text before them.
     with autocast(cfg, prompt.device):
-        hidden = predict_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
+        _, hidden = read_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
         predicted = student.logits(hidden[scored])                # (n, V)
         with torch.no_grad():
             hidden = causal_hidden(teacher, prompt, tokens)       # (N, R, d)
@@ -108,42 +102,39 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     if cfg.opd_exclude:                                           # ours
         target = exclude_shown(target, decoded, block, open_, scored)
 
-    # 4. Pull the one towards the other.
+    # 4. Pull the student's distributions towards the teacher's.
     distance = divergence(predicted, target, cfg.opd_divergence)  # (n,)
-    total = (distance * weight).sum()
-    return total / weight.sum()
+    return (distance * weight).sum() / weight.sum()
 
 
 def main(cfg):
     world = load_world(cfg)
     teacher, _ = load_stage(cfg, "ar", world)
-    student = start_from(cfg, world, "cft")
+    student = start_from(cfg, world, "opd")
     run = Run(cfg, "opd", student, world)
-    responses = training_responses(cfg, world) if cfg.opd_anchor else None  # the anchor's text
+    kinds = examples_of(world.train.take(slice(0, cfg.opd_prompts)), cfg.trace)
+    text = training_text(cfg, world) if cfg.opd_anchor else None  # of the anchor
     for step in run.steps():
         rng = rng_for(cfg, "opd", step)
 
-        # The student writes, to any prompts, as it is served; several of one prompt are drawn.
-        n_prompts = min(cfg.opd_prompts, len(world.train))
-        rows = draw_batch(n_prompts, cfg.batch_size, rng)         # (prompts,)
-        prompt, _ = tensors(world.train, rows, device_of(cfg))
-        how = Sampling(float(cfg.opd_group > 1), rng)
-        parts = roll_out(cfg, student, prompt, world.max_response, cfg.opd_tau, how, cfg.opd_group)
+        # The student writes, as it is served; several responses to one prompt are drawn.
+        examples, rows = draw_examples(kinds, share(cfg.batch_size), cfg.answer_share, rng)
+        prompt, response = tensors(examples, rows, device_of(cfg))  # (n, P)
+        prompt = prompt.repeat_interleave(cfg.opd_group, dim=0)   # (N, P), N = n * group
+        how = sampling_on(prompt.device, 1.0 if cfg.opd_group > 1 else 0.0, rng)
+        decoded = block_decode(student, prompt, response.shape[1], cfg.block_size,
+                               rule_of(cfg, cfg.opd_tau), how)
 
         # The teacher corrects.
-        losses = [opd_loss(own, student, teacher, read, decoded, rng)
-                  for own, read, decoded in parts]
-        distance = loss = mean_loss(parts, losses)
+        distance = loss = opd_loss(cfg, student, teacher, prompt, decoded, rng)
         if cfg.opd_anchor:                                        # ours
-            anchor = batch_loss(cfg, world, student, responses, rng)
-            loss = distance + cfg.opd_anchor * anchor
+            examples, rows = draw_examples(text, share(cfg.batch_size), cfg.answer_share, rng)
+            prompt, response = tensors(examples, rows, device_of(cfg))
+            loss = loss + cfg.opd_anchor * cft_loss(cfg, student, prompt, response, rng)
         log = run.update(loss)
-
         log["divergence"] = distance.item()
-        answers, rows = parts[-1][-1].tokens, rows.repeat(cfg.opd_group)  # (N, R), (N,)
-        log["rollout_valid"] = valid_rate(answers, world.train, rows)
         if run.time_to_validate():
-            log |= validate(cfg, world, student)
+            log |= validate(cfg, world, block_writer(cfg, student))
         run.log(**log)
 
 

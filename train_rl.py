@@ -1,16 +1,13 @@
 """Stage 4, RL: GRPO with DAPO's corrections, on a re-ranking reward.
 
-    python train_rl.py --config toy  # a minute on 2 CPU cores; expect valid and ranking as before
+    python train_rl.py --config toy  # on 2 CPU cores; expect valid and ranking as before
 
-The student samples a group of responses to each prompt; the reward says how far the true target
-rose. Log-probabilities are replayed in the very states in which tokens were committed, so that
-ratios are exact, given the slots of each step (after an update the rule might choose others).
+The student samples a group of responses to each prompt. The reward says how far the target rose.
+Each log-probability is recomputed in the state in which its token was committed. So the ratio is
+exact for the tokens, with the chosen slots held fixed. With --trace bound only answers are
+sampled: a prompt is a reference trace.
 
-Ours: OPD's divergence from the teacher stays in the mix as an anchor, on the roll-outs themselves,
-where others have a KL to the reference model. The paper has none; without it traces become false
-here (docs/findings.md).
-
-Logged, beside valid and tokens_per_forward as in CFT:
+Logged, beside the figures of CFT:
     reward, sampled_valid, copied    mean reward; shares of valid answers, of copied lists
     signal          share of groups whose rewards differ
     replay_off      mean |log-probability replayed - recorded|: 0 except in bfloat16
@@ -18,20 +15,18 @@ Logged, beside valid and tokens_per_forward as in CFT:
     clipped         share of tokens beyond the clip then
     sampled_nats    mean -log p of what was sampled: it falls as the policy sharpens
 """
-from plumbing.script import script  # first: it sets how threads wait, before torch is loaded
-
 import numpy as np
 import torch
 
-from data import PAD, draw_batch, parse_answers, tensors
+from data import PAD, draw_rows, examples_of, parse_answers, tensors
 from diffusion import replay_logp
-from model import Sampling
-from ours.bound import mean_loss
-from plumbing.checkpoint import device_of, load_stage, start_from
+from plumbing.checkpoint import device_of, start_from
+from plumbing.processes import share
+from plumbing.script import script
 from plumbing.settings import UserError
-from trainer import Run, autocast, load_world, rng_for, roll_out
-from train_cft import validate
-from train_opd import opd_loss
+from sampler import block_decode
+from trainer import (Run, autocast, block_writer, load_world, rng_for, rule_of, sampling_on,
+                     validate)
 
 
 def reward(before, after, k, valid, alpha, conditional):
@@ -88,13 +83,13 @@ def score_answers(cfg, world, rows, decoded):
     return rewards, log
 
 
-def update(cfg, run, prompt, decoded, advantage, anchor):
-    """rl_epochs updates on the same responses; the clip acts from the second on.
+def update(cfg, run, prompt, decoded, advantage):
+    """rl_epochs updates on the same responses; clipping has an effect from the second on.
 
     The old log-probabilities come from the first replay, not from the sampler. In float32 both are
     equal. In bfloat16 the sampler's, which are float32, would differ by rounding, and the first
     ratio would not be 1.
-    prompt (N, P), advantage (N,); anchor() -> a loss to be added -> figures for the log."""
+    prompt (N, P), advantage (N,) -> figures for the log."""
     is_token = decoded.tokens != PAD                              # (N, R)
     old_logp = None
     log = {}
@@ -105,15 +100,12 @@ def update(cfg, run, prompt, decoded, advantage, anchor):
 
     for _ in range(cfg.rl_epochs):
         with autocast(cfg, prompt.device):
-            logp = replay_logp(run.model, prompt, decoded, cfg.block_size, 1.0)  # (N, R)
+            logp = replay_logp(run.model, prompt, decoded, 1.0)   # (N, R)
         if old_logp is None:
             old_logp = logp.detach()
             log["replay_off"] = mean((old_logp - decoded.logp).abs())
         loss, ratio = policy_loss(logp, old_logp, advantage, is_token,
                                   cfg.rl_eps_low, cfg.rl_eps_high)
-        log["policy_loss"] = loss.item()
-        if cfg.rl_anchor:                                         # ours
-            loss = loss + cfg.rl_anchor * anchor()
         log |= run.update(loss)
 
     off = ratio.detach() - 1                                      # (N, R)
@@ -126,9 +118,9 @@ def update(cfg, run, prompt, decoded, advantage, anchor):
 
 def main(cfg):
     world = load_world(cfg)
-    model = start_from(cfg, world, "opd")
+    model = start_from(cfg, world, "rl")
     run = Run(cfg, "rl", model, world)
-    teacher = load_stage(cfg, "ar", world)[0] if cfg.rl_anchor else None
+    answers = examples_of(world.train, cfg.trace)[-1]  # the kind that ends with a ranking
     with_target = np.flatnonzero(world.train.target >= 0)
     if not len(with_target):
         raise UserError("no training list holds its target, so there is nothing to reward: use a "
@@ -137,13 +129,12 @@ def main(cfg):
     for step in run.steps():
         rng = rng_for(cfg, "rl", step)
 
-        # 1. Sample a group of responses to each prompt. A group's rows are adjacent.
-        drawn = draw_batch(len(with_target), cfg.rl_prompts, rng)
-        rows = with_target[drawn]                                 # (prompts,)
-        prompt, _ = tensors(world.train, rows, device_of(cfg))
-        *trace, (own, prompt, decoded) = roll_out(
-            cfg, model, prompt, world.max_response, cfg.rl_tau, Sampling(1.0, rng), cfg.rl_group)
-        rows = rows.repeat(cfg.rl_group)                          # (N,), N = prompts * group
+        # 1. Sample a group of responses to each prompt. The rows of a group are adjacent.
+        drawn = draw_rows(len(with_target), share(cfg.rl_prompts), rng)
+        rows = np.repeat(with_target[drawn], cfg.rl_group)        # (N,), N = prompts * group
+        prompt, response = tensors(answers, rows, device_of(cfg))  # (N, P)
+        decoded = block_decode(model, prompt, response.shape[1], cfg.block_size,
+                               rule_of(cfg, cfg.rl_tau), sampling_on(prompt.device, 1.0, rng))
 
         # 2. Reward them, and compare the samples of a prompt.
         rewards, log = score_answers(cfg, world, rows, decoded)
@@ -151,20 +142,14 @@ def main(cfg):
         advantage, signal = advantages(groups)                    # (prompts, group), (prompts,)
         log["signal"] = signal.float().mean().item()
 
-        # 3. Several updates on them; the first has ratio 1.
-        if signal.any():
-            kept = signal.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
-            advantage = advantage.flatten().to(prompt.device)[kept]
-            prompt, decoded = prompt[kept], decoded.take(kept)
-
-            def anchor():                                         # ours; trace: with --trace bound
-                parts = [*trace, (own, prompt, decoded)]
-                losses = [opd_loss(own, model, teacher, read, written, rng)
-                          for own, read, written in parts]
-                return mean_loss(parts, losses)
-            log |= update(own, run, prompt, decoded, advantage, anchor)
+        # 3. Several updates on them; the first has ratio 1. Groups without a signal are dropped. If
+        # no group has one, all advantages are 0, and so is the loss.
+        kept = signal if signal.any() else ~signal                # (prompts,)
+        kept = kept.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
+        advantage = advantage.flatten().to(prompt.device)[kept]
+        log |= update(cfg, run, prompt[kept], decoded.take(kept), advantage)
         if run.time_to_validate():
-            log |= validate(cfg, world, model)
+            log |= validate(cfg, world, block_writer(cfg, model))
         run.log(**log)
 
 

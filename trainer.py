@@ -7,38 +7,35 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import fast.decode  # noqa: F401  the quick twins register themselves
 from beauty.world import beauty_world
-from data import MASK, PAD, parse_answers
+from data import (LABEL, MASK, PAD, as_prompt, examples_of, joined, pack, parse_answers,
+                  tensors)
 from model import Sampling, ar_decode
-from ours.bound import joined, write
-from ours.commit import Apart, label_range
+from ours.commit import Apart
 from ours.wording import reword
-from plumbing.checkpoint import (checkpoint_path, device_of, locked, log_path, open_log, resume,
+from plumbing.checkpoint import (checksum, device_of, locked, log_path, open_log, own_path, resume,
                                  save_run)
-from plumbing.optimizers import optimizers_of
-from plumbing.processes import RANK, mean_gradients, share_rows, shared_decode
+from plumbing.processes import RANK, mean_gradients
 from plumbing.settings import UserError
 from sampler import NEVER, Decoded, Threshold, block_decode
 from toy.world import toy_world
+
+WEIGHT_DECAY = 0.05  # of the matrices of the layers
+BATCH = 256          # rows that are decoded together
 
 
 def load_world(cfg):
     """The World that the settings name."""
     world = toy_world(cfg) if cfg.world.startswith("toy") else beauty_world(cfg)
-    world = reword(world, cfg.wording)  # ours
-    if cfg.trace == "none":  # the answer alone
-        for split in (world.train, world.val, world.test):
-            split.trace = split.trace[:, :0]
-    return world
+    return reword(world, cfg.wording)
 
 
 def rng_for(cfg, name, step):
     """A random generator that depends on (seed, name of a stage or use, step) and nothing else.
 
     So a run that is killed draws the same when it goes on. It is the CPU's: a GPU sees the same
-    batches and masks, and is never waited for."""
-    key = np.random.SeedSequence([cfg.seed, step, *name.encode()])
+    batches and masks, and is never waited for. Of several processes each has its own."""
+    key = np.random.SeedSequence([cfg.seed, step, RANK, *name.encode()])
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) % 2 ** 63)
 
 
@@ -48,6 +45,19 @@ def autocast(cfg, device):
     native = device.type == "cuda" or (
         torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.bfloat16 and native)
+
+
+def optimizers_of(model, lr):
+    """[Muon, AdamW]: Muon for the matrices of the layers, AdamW for embeddings and gains. Ours:
+    the paper names no optimiser, and with AdamW alone the same losses take more steps.
+
+    Muon turns the momentum of a matrix into the nearest orthogonal one (Jordan et al. 2024). It is
+    scaled to the size of an AdamW step (arXiv 2502.16982), so that one rate serves both."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr, WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 # --- The loop around a stage's own loss -------------------------------------------------------
@@ -65,16 +75,17 @@ class Run:
         self.cfg, self.stage, self.model, self.world = cfg, stage, model, world
         self.peak_lr = getattr(cfg, f"{stage}_lr")
         self.n_steps = getattr(cfg, f"{stage}_steps")
-        self.path = checkpoint_path(cfg, stage)
+        self.path = own_path(cfg, stage)
         self.optimizers = optimizers_of(model, self.peak_lr)
         self.shown = {}  # in the bar
-        resume(self)     # plumbing/checkpoint.py sets self.first, self.seconds, self.finished
-        share_rows(model)
+        self.began_with = checksum(model.state_dict())
+        self.first, self.seconds, self.finished = resume(
+            cfg, stage, model, self.optimizers, world, self.began_with)
 
     def steps(self):
         """Yields the numbers of the steps to do, and saves as they pass."""
         if self.finished:
-            print(f"{self.stage}: finished already ({self.path}); delete it to train again")
+            print(f"{self.stage}: finished already ({self.path}); --again true trains it anew")
             return
         if not RANK:
             size = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -145,40 +156,71 @@ def rule_of(cfg, tau=None):
     tau = cfg.tau if tau is None else tau
     if cfg.commit == "threshold":
         return Threshold(tau)
-    return Apart(tau, cfg.clash, label_range(cfg.n_labels))  # ours
+    return Apart(tau, range(LABEL, LABEL + cfg.n_labels))         # ours
 
 
-def ar_write(cfg, model, prompt, max_len):
-    """ar_decode, greedily -> Decoded: blocks of one token, each written in one step."""
-    def decoder(own, prompt, max_len, _):
+def sampling_on(device, temperature, rng):
+    """Sampling on a device. torch draws there with a generator of that device only, so one is
+    seeded from rng."""
+    seed = int(torch.randint(2 ** 62, (), generator=rng))
+    return Sampling(temperature, torch.Generator(device).manual_seed(seed))
+
+
+def ar_writer(model):
+    """A decoder that writes token by token: decoder(prompt (N, P), max_len) -> Decoded, in blocks
+    of one token that take one step each."""
+    def decoder(prompt, max_len):
         tokens, logp, forwards = ar_decode(model, prompt, max_len)
         filled = torch.where(tokens == PAD, MASK, tokens)
         step = torch.where(tokens == PAD, NEVER, 0)
-        return Decoded(tokens, filled, step, logp, forwards)
-    return joined(write(cfg, decoder, prompt, max_len))
+        return Decoded(tokens, filled, step, logp, forwards, block_size=1)
+    return decoder
 
 
-def decode(cfg, model, prompt, max_len, tau=None):
-    """block_decode, greedily, at the operating point or at another tau -> Decoded."""
-    def decoder(own, prompt, max_len, _):
-        return block_decode(model, prompt, max_len, own.block_size, rule_of(own, tau))
-    return joined(write(cfg, decoder, prompt, max_len))
+def block_writer(cfg, model, tau=None):
+    """A decoder that writes block by block, greedily, at the settings' tau or at another."""
+    def decoder(prompt, max_len):
+        return block_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg, tau))
+    return decoder
 
 
-def roll_out(cfg, model, prompt, max_len, tau, sampling, group=1):
-    """A group of responses to each prompt (N, P), by a student as it is served, for OPD and RL:
-    [(settings, prompt, Decoded)]. One part; with --trace bound two (ours/bound.py)."""
-    def decoder(own, prompt, max_len, greedily):
-        def share(prompt, rng):
-            if prompt.is_cuda:  # torch draws on a GPU with a generator of the GPU's only
-                seed = int(torch.randint(2 ** 62, (), generator=rng))
-                rng = torch.Generator(prompt.device).manual_seed(seed)
-            how = Sampling(0.0 if greedily else sampling.temperature, rng)
-            return block_decode(model, prompt, max_len, own.block_size, rule_of(own, tau), how)
-        return shared_decode(share, prompt, sampling.generator)
-    return write(cfg, decoder, prompt, max_len, group)
+def respond(cfg, world, decoder, prompt):
+    """Whole responses to prompts (N, P): one Decoded for each kind of example (data.examples_of).
+
+    With --trace bound a decoder is asked twice: for the trace, then for the answer to it."""
+    parts = []
+    for max_len in world.longest(cfg.trace):
+        parts.append(decoder(prompt, max_len))
+        trace = parts[-1].tokens                                  # (N, R)
+        prompt = torch.from_numpy(as_prompt(trace.cpu().numpy())).to(trace.device)
+    return parts
 
 
-def valid_rate(tokens, split, rows):
-    """Share of valid answers among responses (n, R) to some rows of a split."""
-    return float(parse_answers(tokens.cpu().numpy(), split.incoming[rows]).valid.mean())
+def decode_split(cfg, world, split, decoder):
+    """Responses to all users of a split, in batches: what was written of each kind, a list of
+    arrays (N, R_kind), and the forwards (N,) that it took."""
+    prompts = examples_of(split, cfg.trace)[0]
+    written, forwards = [], []
+    for first in range(0, len(split), BATCH):
+        rows = range(first, min(first + BATCH, len(split)))
+        prompt, _ = tensors(prompts, rows, device_of(cfg))
+        parts = respond(cfg, world, decoder, prompt)
+        written.append([part.tokens.cpu().numpy() for part in parts])
+        forwards.append(sum(part.forwards for part in parts).cpu().numpy())
+    by_kind = [np.concatenate(batches) for batches in zip(*written)]
+    return by_kind, np.concatenate(forwards)
+
+
+def validate(cfg, world, decoder, n=64):
+    """Figures for the log, of the first n validation users: valid (share of valid answers), match
+    (share of tokens as in the reference) and tokens_per_forward."""
+    split = world.val.take(slice(0, n))
+    written, forwards = decode_split(cfg, world, split, decoder)
+    tokens = joined(written)                                      # (n, R)
+    text = pack(tokens, left=False)
+    width = max(text.shape[1], split.response.shape[1])
+    text, reference = (np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (text, split.response))
+    return {
+        "valid": float(parse_answers(tokens, split.incoming).valid.mean()),
+        "match": float((text == reference)[reference != PAD].mean()),
+        "tokens_per_forward": float((tokens != PAD).sum() / forwards.sum())}

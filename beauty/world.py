@@ -1,7 +1,7 @@
-"""Amazon Beauty as a World: prepared once, about a minute, and kept in runs/<config>/world.pt."""
+"""Amazon Beauty as a World. It is prepared once, which takes a minute, and kept in world.pt."""
+import dataclasses
 import os
 import sys
-from dataclasses import fields as fields_of
 
 import numpy as np
 import torch
@@ -17,102 +17,104 @@ from plumbing.checkpoint import checksum, load_tensors, save_tensors
 from plumbing.processes import RANK, barrier
 from plumbing.settings import UserError
 
-FRESH = "prerank, fresh"  # reference row: the pre-ranker with the counts of the evidence
-CACHE = "8"               # to be raised when the meaning of the cached arrays changes
+FRESH = "prerank, fresh"  # a reference row: the pre-ranker with the counts of the evidence
+VERSION = "8"             # to be raised when the meaning of the kept arrays changes
 SPLITS = ("train", "val", "test")
 
 
 def beauty_world(cfg):
-    """Amazon Beauty as a World. Raises UserError for files that cannot be read or used."""
+    """The World of the settings, from world.pt if that is of the same data and settings."""
     if cfg.n_candidates > K:
         raise UserError(f"on Beauty --n_candidates can be at most {K}, not {cfg.n_candidates}")
-    sequences, items, source, n_skipped, _ = read_beauty(cfg.data_dir)
+    sequences, items, n_skipped, _ = read_beauty(cfg.data_dir)
     check_size(sequences, len(items))
-    # What was read, in two sums: a checkpoint holds that of the content, the cache that of
-    # everything the file depends on.
-    content = checksum(CACHE, items, [torch.from_numpy(s) for s in sequences])
-    key = checksum(content, source, cfg.world, cfg.n_candidates, cfg.n_labels, cfg.min_list,
+    # Two sums of what was read: a checkpoint has that of the content, world.pt that of all it
+    # depends on.
+    content = checksum(VERSION, items, [torch.from_numpy(own) for own in sequences])
+    key = checksum(content, n_skipped, cfg.world, cfg.n_candidates, cfg.n_labels, cfg.min_list,
                    cfg.vary_lists, cfg.n_train, cfg.n_val, cfg.n_test)
-    world = read_world(cfg, key)
-    if not world and RANK == 0:
-        make_world(cfg, key, source, content, (sequences, items, n_skipped))
-    barrier()  # the other processes wait until the first has written it
-    return world or read_world(cfg, key)
-
-
-def read_world(cfg, key):
-    """The World that is kept, or None: there is none, or it is of other data or settings."""
     path = folder(cfg, "world.pt")
+    world = read_world(path, key)
+    if world is None and RANK == 0:
+        print("preparing Amazon Beauty: pre-ranker, evidence, ranking writer (about a minute, "
+              "once) ...", file=sys.stderr)
+        made = make_world(cfg, sequences, items)
+        made["notes"].update(skipped_users=n_skipped)
+        save_tensors(path, {"key": key, "content": content, **made})
+    barrier()  # the other processes wait until the first has written it
+    return world or read_world(path, key)
+
+
+def read_world(path, key):
+    """The World that is kept, or None: there is none, or it is of other data or settings."""
     saved = load_tensors(path) if os.path.exists(path) else {}
     if saved.get("key") != key:
         return None
-    splits = [Split(*(t.numpy() for t in saved[name])) for name in SPLITS]
-    nearest = {name: t.numpy() for name, t in zip(STATED, saved["nearest"])}
-    references = {FRESH: saved["fresh"].numpy()}
-    return World(saved["words"], cfg.n_labels, *splits, saved["source"], saved["notes"],
-                 references, nearest, saved["content"])
+    splits = {name: Split(*(x.numpy() for x in saved[name])) for name in SPLITS}
+    return World(
+        words=saved["words"],
+        n_labels=saved["n_labels"],
+        **splits,
+        source="prepared files",
+        notes=saved["notes"],
+        references={FRESH: saved["fresh"].numpy()},
+        nearest={name: x.numpy() for name, x in zip(STATED, saved["nearest"])},
+        checksum=saved["content"])
 
 
 def training_rows(hit, cfg, rng):
-    """Which training examples (at most n_train) are used: all whose target is in the list (the
-    population that is tested), filled up with others, because the writer orders any list."""
+    """Which training examples are used, at most n_train: all whose target is in the list, since
+    these are the population that is tested, then others, because the writer orders any list."""
     first = rng.permutation(np.flatnonzero(hit))
     others = rng.permutation(np.flatnonzero(~hit))
     return rng.permutation(np.concatenate((first, others))[:cfg.n_train])
 
 
-def written_lists(sequences, items, cfg):
-    """-> train, val, test Lists with rounded evidence and scores, the order of the test candidates
-    by fresh counts, and how evidence is rounded."""
-    train, val, test, fresh = prepare(sequences, items, cfg.world == "beauty_hybrid")
+def rank_lists(cfg, train, val, test):
+    """This sets the scores of lists, by which they are ordered, as the world says."""
+    if cfg.world == "beauty":
+        write_scores(train, val, test)
+        return
+    for lists in (train, val, test):
+        lists.score = points(lists.evidence)
+        if cfg.world == "beauty_target":
+            hit = np.flatnonzero(lists.target >= 0)
+            lists.score[hit, lists.target[hit]] = np.inf
+
+
+def make_world(cfg, sequences, items):
+    """This prepares the World. It returns what is kept of it."""
+    train, val, test = prepare(sequences, items)
     # Shorter lists (--n_candidates) have the target of fewer users.
-    in_val = np.flatnonzero(val.target < cfg.n_candidates)
-    in_test = np.flatnonzero(test.target < cfg.n_candidates)
-    hits = {"train": (train.target >= 0).sum(), "val": len(in_val), "test": len(in_test)}
-    for name, n in hits.items():
-        if not n:
-            raise UserError(f"the data is too small: no list of {name} has its target among the "
-                            "candidates; pass --data_dir with larger data")
+    hit = (train.target >= 0) & (train.target < cfg.n_candidates)
+    val = val.take(val.target < cfg.n_candidates)
+    test = test.take(test.target < cfg.n_candidates)
+    if not (hit.any() and len(val.user) and len(test.user)):
+        raise UserError("the data is too small: of training, validation or test no list has its "
+                        "target among the candidates: pass --data_dir with larger data")
+    fresh = np.argsort(-test.score[:, :cfg.n_candidates], axis=1, kind="stable")  # (N, K)
     nearest = rare(train)
     for lists in (train, val, test):
         merge_rare(lists, nearest)
-    if cfg.world in ("beauty_expert", "beauty_target"):
-        for lists in (train, val, test):
-            lists.score = points(lists.evidence)
-    else:
-        write_scores(train, val, test)
-    if cfg.world == "beauty_target":
-        for lists in (train, val, test):
-            hit = np.flatnonzero(lists.target >= 0)
-            lists.score[hit, lists.target[hit]] = np.inf
-    fresh = fresh[in_test]
-    fresh = fresh[fresh < cfg.n_candidates].reshape(-1, cfg.n_candidates)
-    return train, val.take(in_val), test.take(in_test), fresh, nearest
+    rank_lists(cfg, train, val, test)
 
-
-def make_world(cfg, key, source, content, data):
-    """Prepares the World and writes the file that read_world reads."""
-    print("preparing Amazon Beauty: pre-ranker, evidence, ranking writer (about a minute, once) "
-          "...", file=sys.stderr)
-    sequences, items, n_skipped = data
-    train, val, test, fresh, nearest = written_lists(sequences, items, cfg)
-    words = beauty_words(items, cfg.n_labels)
-    rng = np.random.default_rng(11)
-    hit = (train.target >= 0) & (train.target < cfg.n_candidates)
     notes = {
-        "users": len(sequences), "skipped_users": n_skipped, "items": len(items),
+        "users": len(sequences), "items": len(items),
         "train_examples": len(train.user), "train_hits": int(hit.sum()),
         "val_hits": len(val.user), "test_hits": len(test.user)}
+    words = beauty_words(items, cfg.n_labels)
+    rng = np.random.default_rng(11)
     train = train.take(training_rows(hit, cfg, rng))
-    val, test = val.take(slice(cfg.n_val)), test.take(slice(cfg.n_test))
-    saved = {"key": key, "source": source, "content": content, "words": words, "notes": notes,
-             "fresh": torch.from_numpy(fresh[:cfg.n_test]),
-             "nearest": [torch.from_numpy(x) for x in nearest.values()]}
-    for name, lists in zip(SPLITS, (train, val, test)):
-        length = np.full(len(lists.user), cfg.n_candidates)
+    kept = {
+        "words": words, "n_labels": cfg.n_labels, "notes": notes,
+        "fresh": torch.from_numpy(fresh[:cfg.n_test]),
+        "nearest": [torch.from_numpy(x) for x in nearest.values()]}
+    of_split = (train, val.take(slice(cfg.n_val)), test.take(slice(cfg.n_test)))
+    for name, lists in zip(SPLITS, of_split):
+        length = np.full(len(lists.user), cfg.n_candidates)  # (N,)
         if name == "train":
             length = draw_list_lengths(len(lists.user), cfg, rng)
         split = tokenize(lists, items, words, length, cfg.n_candidates)
-        arrays = [getattr(split, field.name) for field in fields_of(split)]
-        saved[name] = [torch.from_numpy(array) for array in arrays]
-    save_tensors(folder(cfg, "world.pt"), saved)
+        arrays = [getattr(split, field.name) for field in dataclasses.fields(split)]
+        kept[name] = [torch.from_numpy(array) for array in arrays]
+    return kept

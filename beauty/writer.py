@@ -1,8 +1,8 @@
-"""The writer of training data: a learned scorer that orders the candidates of training examples.
+"""The writer is a learned scorer. It orders the candidates of the training examples.
 
 It is also a reference row in the tables, and never part of serving. It sees what a trace states,
 so its ranking is a function of the trace. It scores one candidate at a time, so it can order any
-sub-list of any prefix.
+part of any list.
 
 A writer that has learned a user's target would write it into the ranking. So the users are dealt
 into 5 groups, and each of 15 small networks never learns from one of them: network m not from
@@ -25,21 +25,23 @@ MEMBERS = GROUPS * SEEDS
 EPOCHS, BATCH = 10, 256
 RATE, DECAY = 3e-3, 0.5
 WIDTH = 32
-AT_ONCE = 4000                # lists scored at a time, about
+AT_ONCE = 4000                # about so many lists are scored at a time
 
 
 def one_hot(evidence, rows):
-    """-> (N, K, sum of FIELDS) float"""
+    """The evidence of some lists as numbers 0 and 1: (N, K, D), D the sum of FIELDS."""
     columns = []
     for field, size in FIELDS.items():
-        values = torch.from_numpy(evidence[field][rows]).long()
-        columns.append(F.one_hot(values, size))
+        values = torch.from_numpy(evidence[field][rows]).long()         # (N, K)
+        columns.append(F.one_hot(values, size))                         # (N, K, size)
     return torch.cat(columns, -1).float()
 
 
 class Networks:
-    """15 MLPs of three layers, side by side: each matrix has a first axis for the network, and one
-    batched product is the same layer of all of them. They share nothing but the batches."""
+    """15 MLPs of three layers, side by side.
+
+    Each matrix has a first axis for the network, so one batched product is the same layer of all
+    of them. They share nothing but the batches."""
 
     def __init__(self, n_inputs, gen):
         half = WIDTH // 2
@@ -53,32 +55,32 @@ class Networks:
             self.b.append(torch.zeros(MEMBERS, 1, n_out, requires_grad=True))
 
     def score(self, x):
-        """x (N, n, D) -> scores (networks, N, n)"""
-        h = x.flatten(0, 1)                                # (N n, D), the same for all networks
-        h = F.gelu(h @ self.W[0] + self.b[0])              # (networks, N n, 32)
-        h = F.gelu(h @ self.W[1] + self.b[1])              # (networks, N n, 16)
+        """The scores (networks, N, K) of candidates x (N, K, D)."""
+        h = x.flatten(0, 1)                                # (N K, D), the same for all networks
+        h = F.gelu(h @ self.W[0] + self.b[0])              # (networks, N K, 32)
+        h = F.gelu(h @ self.W[1] + self.b[1])              # (networks, N K, 16)
         return (h @ self.W[2]).view(MEMBERS, *x.shape[:2])
 
 
 def learning_weights(user):
-    """(networks, N): how much each network learns from each example of the users (N,)."""
-    weight = torch.from_numpy(np.bincount(user)[user] ** -0.5).float()  # long histories count less
-    group = torch.from_numpy(user)[None] % GROUPS
-    never_seen = torch.arange(MEMBERS)[:, None] % GROUPS
+    """How much each network learns from each example of the users (N,): (networks, N)."""
+    times = np.bincount(user)[user]                        # (N,) the user's examples
+    weight = torch.from_numpy(times ** -0.5).float()       # (N,) so long histories count less
+    group = torch.from_numpy(user)[None] % GROUPS          # (1, N)
+    never_seen = torch.arange(MEMBERS)[:, None] % GROUPS   # (networks, 1)
     return weight * (group != never_seen)
 
 
 def fit_writer(train, seed=0):
-    """Fits the networks to put the target first: cross-entropy over the K candidates.
-
-    Raises UserError if a network would have nothing to learn from."""
+    """The networks, fitted to put the target first: by cross-entropy over the K candidates."""
     gen = torch.Generator().manual_seed(seed)
     rows = np.flatnonzero(train.target >= 0)
-    user = train.user[rows]
+    user = train.user[rows]                                             # (N,)
     if len(set((user % GROUPS).tolist())) < 2:
         raise UserError("the data is too small to learn from: hardly any training example has its "
-                        "target among the candidates; pass --data_dir with larger data")
-    x, target = one_hot(train.evidence, rows), torch.from_numpy(train.target[rows])
+                        "target among the candidates: pass --data_dir with larger data")
+    x = one_hot(train.evidence, rows)                                   # (N, K, D)
+    target = torch.from_numpy(train.target[rows])                       # (N,)
     weight = learning_weights(user)                                     # (networks, N)
     networks = Networks(x.shape[-1], gen)
     optimizer = torch.optim.AdamW(networks.W + networks.b, RATE, weight_decay=DECAY)
@@ -89,12 +91,12 @@ def fit_writer(train, seed=0):
     for _ in range(EPOCHS):
         order = torch.randperm(len(x), generator=gen)
         for step in range(per_epoch):
-            at = order[step * batch:(step + 1) * batch]
+            at = order[step * batch:(step + 1) * batch]                 # (n,)
             scores = networks.score(x[at]).flatten(0, 1)                # (networks n, K)
             nats = F.cross_entropy(scores, target[at].repeat(MEMBERS), reduction="none")
             weighted = nats.view(MEMBERS, -1) * weight[:, at]           # (networks, n)
             # A network may have nothing to learn in a small batch: 0 / 0.
-            loss = weighted.sum(1) / weight[:, at].sum(1).clamp(min=1e-9)
+            loss = weighted.sum(1) / weight[:, at].sum(1).clamp(min=1e-9)  # (networks,)
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
@@ -103,8 +105,8 @@ def fit_writer(train, seed=0):
 
 
 def write_scores(train, *others):
-    """Fills .score: train's from the networks that never saw the user's group, the others' from
-    all networks."""
+    """This sets the scores of lists: those of train by the networks that never saw the user's
+    group, those of the others by all networks."""
     networks = fit_writer(train)
     for lists in (train, *others):
         lists.score = np.empty(lists.cands.shape, np.float32)
@@ -113,12 +115,13 @@ def write_scores(train, *others):
             rows_of_group = np.flatnonzero(lists.user % GROUPS == group)
             for rows in np.array_split(rows_of_group, 1 + len(rows_of_group) // AT_ONCE):
                 with torch.no_grad():
-                    scores = networks.score(one_hot(lists.evidence, rows))
+                    scores = networks.score(one_hot(lists.evidence, rows))  # (networks, n, K)
                 lists.score[rows] = scores[members].mean(0)
 
 
 def points(evidence):
-    """An expert's scores (N, K), by hand: strong links, the same brand, the same category."""
-    place = evidence["pos"].astype(np.float32)
-    total = sum(evidence[name].astype(np.float32) for name in ("link", "brand", "depth"))
+    """The scores (N, K) of an expert: points for strong links, the same brand and category."""
+    names = ("link", "brand", "depth")
+    total = sum(evidence[name].astype(np.float32) for name in names)    # (N, K)
+    place = evidence["pos"].astype(np.float32)                          # (N, K)
     return total - place / 100  # of candidates that are alike, the first of the list

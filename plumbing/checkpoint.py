@@ -1,41 +1,37 @@
-"""Checkpoints that survive what may happen to a run: a kill at any moment, a full disk, a second
-run in the same folder, settings or data that changed in between."""
+"""Checkpoints of the stages: written so that a kill, a full disk or a second run in the same
+folder spoils nothing, and read only with the settings, the data and the code they belong to."""
 import contextlib
-import glob
+import errno
+import functools
 import hashlib
-import itertools
 import json
 import math
 import os
+import sys
+from pathlib import Path
 
 import torch
 
 from config import STAGES, folder
-from fast.gpt import FastGPT
 from model import GPT
-from plumbing.arguments import settings_of
 from plumbing.processes import RANK
-from plumbing.settings import UserError
+from plumbing.settings import UserError, settings_of
 
 try:
     import fcntl
-except ModuleNotFoundError:
-    fcntl = None  # Windows: plumbing/script.py says that it is not supported
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+    import msvcrt
 
-SHAPE = ("n_layer", "n_head", "d_model")  # what weights must share to be exchanged
-
-
-def device_of(cfg):
-    if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(cfg.device)
+# What the checkpoint of another run must share, or its tokens would mean something else
+MEANING = ("n_layer", "n_head", "d_model", "world", "trace", "wording", "n_candidates")
 
 
 # --- Files ------------------------------------------------------------------------------------
 
 def save_atomically(path, write):
-    """write(temporary path), then moves the file into place: a reader sees the old file or the
-    new one, never a part. Of several processes only the first writes."""
+    """Calls write(temporary path), then moves that file to path: a reader sees the old file or
+    the new one, never a part. Of several processes only the first writes."""
     if RANK:
         return
     temporary = f"{path}.{os.getpid()}.part"
@@ -44,9 +40,8 @@ def save_atomically(path, write):
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path} ({reason}): free some space or choose another "
-                        "--run_dir")
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): free some space or "
+                        "choose another --run_dir")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -54,58 +49,61 @@ def save_atomically(path, write):
 
 @contextlib.contextmanager
 def locked(path):
-    """Holds the folder of a file against a second run. The lock dies with the process."""
-    if RANK:  # the first process holds it
+    """Keeps other runs out of the folder of a file. The lock ends with the process."""
+    if RANK:  # the first process holds the lock
         yield
         return
     place = os.path.dirname(path) or "."
     try:
         os.makedirs(place, exist_ok=True)
-        file = open(os.path.join(place, "lock"), "w")
+        file = open(os.path.join(place, "lock"), "a")
     except OSError as error:
         raise UserError(f"cannot write to {place} ({error.strerror}): choose another --run_dir")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is writing to {place}: let it finish, or choose another "
-                            "--run_dir")
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # another process holds it
+                raise UserError(f"another run is writing to {place}: let it finish, or choose "
+                                "another --run_dir")
+            raise UserError(f"cannot lock {file.name}: {error.strerror}")
         yield
 
 
 def open_log(path, first):
-    """A log with a line a step, open for more lines.
+    """Opens a log that has a line for each step, to append lines from step `first` on.
 
-    A run that was killed has logged more steps than it saved: lines from step `first` on are cut
-    off, since those steps are done again. Its half-written files are removed."""
+    A run that was killed may have logged steps that it did not save. They are done again, so
+    their lines are removed, and so are the files that it was writing."""
     if RANK:
         return open(os.devnull, "a")
-    for left in glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.part")):
-        os.remove(left)
-    lines = []
-    if first and os.path.exists(path):
-        with open(path) as f:
-            whole = [line for line in f if line.endswith("}\n")]
-        lines = [line for line in whole if json.loads(line)["step"] < first]
-
-    def write(temporary):
-        with open(temporary, "w") as f:
-            f.writelines(lines)
-    save_atomically(path, write)
+    for left in Path(path).parent.glob("*.part"):
+        left.unlink()
+    kept = []
+    if os.path.exists(path):
+        lines = Path(path).read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]
+        kept = [line for line in whole if json.loads(line)["step"] < first]
+    save_atomically(path, lambda temporary: Path(temporary).write_text("".join(kept)))
     return open(path, "a")
 
 
 def checksum(*content):
-    """A text that differs for different content: tensors, plain values, lists and dicts of them."""
+    """Returns a text that differs for different tensors, plain values, lists and dicts."""
     out = hashlib.sha256()
 
     def add(x):
         if isinstance(x, torch.Tensor):
             out.update(repr((x.dtype, x.shape)).encode())
             out.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(x, (dict, list, tuple)):
+        elif isinstance(x, dict):
+            add(list(x.items()))
+        elif isinstance(x, (list, tuple)):
             out.update(repr((type(x).__name__, len(x))).encode())
-            for part in itertools.chain(*x.items()) if isinstance(x, dict) else x:
+            for part in x:
                 add(part)
         else:
             out.update(repr(x).encode())
@@ -121,183 +119,244 @@ def save_tensors(path, saved):
 
 
 def load_tensors(path):
-    """What save_tensors wrote, on the CPU. Never runs code that a file may hold.
+    """Returns what save_tensors wrote, on the CPU. Runs no code that a file may contain.
 
     Raises UserError if the file is damaged or not ours."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved.pop("checksum") == checksum(saved):
-            return saved
-        why = "its checksum differs"
-    except Exception as error:  # torch raises many kinds for a file that is cut short or foreign
-        why = type(error).__name__
+    with open(path, "rb") as file:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if saved.pop("checksum") == checksum(saved):
+                return saved
+            why = "its checksum differs"
+        except Exception as error:  # torch raises many kinds for a file that is cut short
+            why = type(error).__name__
     raise UserError(f"{path} is damaged or no file of this project ({why}): delete it and run the "
                     "script that writes it again")
 
 
 # --- Models -----------------------------------------------------------------------------------
 
+def device_of(cfg):
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(cfg.device)
+
+
 def new_model(cfg, world):
-    """A model with random weights. Raises UserError if texts would not fit its positions."""
+    """Returns a model with random weights. Raises UserError if texts are too long for it."""
     torch.manual_seed(cfg.seed)
-    kind = FastGPT if cfg.fast else GPT
-    model = kind(len(world.words), cfg.n_layer, cfg.n_head, cfg.d_model)
+    model = GPT(len(world.words), cfg.n_layer, cfg.n_head, cfg.d_model)
     check_fits(cfg, world, len(model.cos))
     return model.to(device_of(cfg))
 
 
 def check_fits(cfg, world, n_positions):
-    """Refuses prompts and responses that are longer together than a model has positions.
+    """Refuses texts that are longer than the positions of the model.
 
-    A response takes whole blocks. All stages are asked for the student's, so that nobody trains a
-    teacher for a student that cannot be."""
+    A response is filled up to whole blocks. The teacher is checked with the student's blocks too,
+    so that nobody trains a teacher that cannot be converted."""
     prompt = max(split.prompt.shape[1] for split in (world.train, world.val, world.test))
-    response = math.ceil(world.max_response / cfg.block_size) * cfg.block_size
-    if prompt + response > n_positions:
-        raise UserError(f"a prompt of {prompt} tokens and a response of {response}, in blocks of "
-                        f"{cfg.block_size}, are more than the {n_positions} positions of the "
-                        "model: choose a smaller --block_size or --n_candidates")
+    for longest in world.longest(cfg.trace):
+        block_size = min(cfg.block_size, longest)
+        response = math.ceil(longest / block_size) * block_size
+        if prompt + response > n_positions:
+            raise UserError(f"a prompt of {prompt} tokens and a response of {response}, in blocks "
+                            f"of {block_size}, are more than the {n_positions} positions of "
+                            "the model: choose a smaller --block_size or --n_candidates")
+        prompt = response  # a trace is read again, to write the answer
 
 
-def load_weights(path, state, model):
-    """The model, with the weights of the checkpoint `state`, which was read from path."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError:
-        raise UserError(f"{path} holds the weights of another version of model.py: delete it and "
-                        "run the script of its stage again")
-    return model
+# --- Finding the checkpoint of a stage --------------------------------------------------------
 
-
-# --- Checkpoints of stages --------------------------------------------------------------------
-
-def checkpoint_path(cfg, stage):
-    if stage == "ar" and cfg.teacher:
-        return cfg.teacher
+def own_path(cfg, stage):
+    """Returns the path where this run saves a stage."""
     return folder(cfg, f"seed{cfg.seed}", stage, "checkpoint.pt")
 
 
 def log_path(cfg, stage):
-    """The log of a stage, beside its checkpoint: a line a step."""
-    return os.path.join(os.path.dirname(checkpoint_path(cfg, stage)), "metrics.jsonl")
+    """Returns the path of a stage's log, beside its checkpoint."""
+    return os.path.join(os.path.dirname(own_path(cfg, stage)), "metrics.jsonl")
+
+
+def finished(cfg, stage):
+    """Returns the checkpoint of a stage that has finished, with its path, or None.
+
+    This run's own comes first, then that of --from: the folder of a run or of a stage."""
+    paths = [own_path(cfg, stage)]
+    # The students of --from do not descend from a student that this run has trained itself.
+    students = STAGES[1:STAGES.index(stage) + 1]
+    if cfg.from_ and not any(os.path.exists(own_path(cfg, student)) for student in students):
+        paths.append(os.path.join(cfg.from_, stage, "checkpoint.pt"))
+        paths.append(os.path.join(cfg.from_, "checkpoint.pt"))
+    for path in filter(os.path.exists, paths):
+        state = load_tensors(path)
+        teaches = state.get("stage") == "rl" and state["settings"]["block_size"] == 1
+        its_stage = "ar" if teaches and path != paths[0] else state.get("stage")
+        if state.get("finished") and its_stage == stage:
+            return {**state, "path": path}
+    return None
+
+
+def find(cfg, stage):
+    """Returns the path of the checkpoint of a stage that has finished, or "" if there is none."""
+    state = finished(cfg, stage)
+    return state["path"] if state else ""
 
 
 def read_checkpoint(cfg, stage, world):
-    """The checkpoint of a stage as a dict, or None if there is none.
+    """Returns the checkpoint of a stage that has finished, or None.
 
-    Raises UserError if it is damaged, or of other settings or other data."""
-    path = checkpoint_path(cfg, stage)
-    if not os.path.exists(path):
-        return None
-    state = load_tensors(path)
-    differ = differences(cfg, stage, world, state)
-    if differ:
-        raise UserError(f"{path} was made with other settings or data ({'; '.join(differ[:4])}): "
-                        "use the same, or another --run_dir, or delete it")
+    Raises UserError if it is damaged, or of other settings or data."""
+    state = finished(cfg, stage)
+    if state:
+        check_same(cfg, stage, world, state)
     return state
 
 
-def differences(cfg, stage, world, state):
-    """What a checkpoint was made with that is different now, in words."""
-    wanted, there = settings_of(cfg, stage), state.get("settings", {})
-    if stage == "ar" and cfg.teacher:  # a borrowed teacher only has to fit
-        wanted = {name: wanted[name] for name in SHAPE}
-    differ = []
-    for name, value in sorted(wanted.items()):
-        if there.get(name) != value:
-            differ.append(f"{name}={there.get(name)} there, {value} now")
-    # After RL at block size 1 a teacher is still autoregressive.
-    teaches = stage == "ar" and cfg.teacher and there.get("block_size") == 1
-    if not (state.get("stage") == stage or teaches) or state.get("words") != world.words:
-        differ.append("another stage or vocabulary")
-    elif state.get("world") != world.checksum:
+def check_same(cfg, stage, world, state):
+    """Raises UserError if a checkpoint was made with other settings, words or data.
+
+    Another run may have trained in another way, but its tokens must mean the same. Prints one
+    line if the code has changed."""
+    path, there = state["path"], state.get("settings", {})
+    own = path == own_path(cfg, stage)
+    names = settings_of(cfg, stage) if own else MEANING
+    differ = [f"{name}={there.get(name)} there, {getattr(cfg, name)} now"
+              for name in sorted(names) if there.get(name) != getattr(cfg, name)]
+    if (state.get("words"), state.get("world")) != (world.words, world.checksum):
         differ.append("the data has changed since")
-    return differ
+    if differ:
+        mend = "another --run_dir, or train it anew with --again true" if own else "another --from"
+        raise UserError(f"{path} was made with other settings or data ({'; '.join(differ[:4])}): "
+                        f"use the same, or {mend}")
+    changed = changed_code(stage, state.get("code", {}))
+    if changed:
+        have = "has" if len(changed) == 1 else "have"
+        names = ", ".join(changed[:6] + ["..."] * (len(changed) > 6))
+        tell_once(f"{path} was trained by other code ({names} {have} changed since): --again true "
+                  "trains it anew")
 
 
-def start_from(cfg, world, stage):
-    """The model that a stage begins with: --init, or the stage before it, or random weights.
+# --- The code that made a checkpoint ----------------------------------------------------------
 
-    stage: the stage before, None for the first."""
-    if not cfg.init:
-        return load_stage(cfg, stage, world)[0] if stage else new_model(cfg, world)
-    if not os.path.exists(cfg.init):
-        raise UserError(f"--init {cfg.init}: there is no such checkpoint")
-    state = load_tensors(cfg.init)
-    there = state.get("settings", {})
-    same_shape = all(there.get(name) == getattr(cfg, name) for name in SHAPE)
-    if "stage" not in state or state["words"] != world.words or not same_shape:
-        raise UserError(f"--init {cfg.init} is of another vocabulary or model shape: use the "
-                        "settings it was made with")
-    return load_weights(cfg.init, state, new_model(cfg, world))
+def code_of():
+    """Returns {file: short checksum} of the code that may change what a stage learns."""
+    root = Path(__file__).parents[1]
+    files = [path for place in ("", "toy/", "ours/") for path in root.glob(f"{place}*.py")]
+    return {path.relative_to(root).as_posix():
+            hashlib.sha256(path.read_text("utf-8").encode()).hexdigest()[:12] for path in files}
+
+
+CODE = code_of()  # as the program starts: it does not see what is edited while it runs
+
+
+def changed_code(stage, there):
+    """Returns the names of the files that have changed since a checkpoint of a stage was made."""
+    later = STAGES[STAGES.index(stage) + 1:]
+    unused = {"evaluate.py"} | {f"train_{name}.py" for name in later}
+    return sorted(name for name in (there.keys() | CODE.keys()) - unused
+                  if there.get(name) != CODE.get(name))
+
+
+@functools.cache
+def tell_once(line):
+    """Prints a line to stderr, but no second time."""
+    if RANK == 0:
+        print(line, file=sys.stderr)
+
+
+# --- Using checkpoints ------------------------------------------------------------------------
+
+def load_weights(state, model):
+    """Puts the weights of a checkpoint into a model."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise UserError(f"{state['path']} has the weights of another version of model.py: train "
+                        "it anew with --again true")
 
 
 def load_stage(cfg, stage, world, state=None):
-    """The finished model of a stage, and its checkpoint, read from disk unless it is given.
+    """Returns (model, checkpoint) of a stage, read from disk unless its checkpoint is given.
 
     Raises UserError if the stage has not finished."""
     state = state or read_checkpoint(cfg, stage, world)
-    path = checkpoint_path(cfg, stage)
-    if state is None or not state["finished"]:
-        other = ", or name another with --teacher" if stage == "ar" else ""
-        raise UserError(f"no finished checkpoint {path}: first run `python train_{stage}.py "
-                        f"--config {cfg.config}` with the same settings{other}")
-    return load_weights(path, state, new_model(cfg, world)).eval(), state
+    if state is None:
+        raise UserError(f"no finished checkpoint {own_path(cfg, stage)}: first run `python "
+                        f"train_{stage}.py --config {cfg.config}` with the same settings, or name "
+                        "a run that has it with --from")
+    model = new_model(cfg, world)
+    load_weights(state, model)
+    return model.eval(), state
+
+
+def start_from(cfg, world, stage):
+    """Returns the model that a stage begins with: random weights for the teacher, else those of
+    the latest stage before it that has finished. So OPD may be left out."""
+    if stage == "ar":
+        return new_model(cfg, world)
+    earlier = STAGES[:STAGES.index(stage)]
+    if stage != "cft" and cfg.block_size > 1:
+        earlier = earlier[1:]  # only CFT makes a student of a teacher
+    for before in reversed(earlier):
+        state = read_checkpoint(cfg, before, world)
+        if state:
+            break
+    model, state = load_stage(cfg, before, world, state)
+    if RANK == 0:
+        print(f"{stage}: begins with the weights of {state['path']}", flush=True)
+    return model
 
 
 def finished_stages(cfg, world):
-    """{stage: (model, checkpoint)} of the teacher and of every other stage that has finished.
+    """Returns {stage: (model, checkpoint)} of all stages that have finished.
 
     Raises UserError without a finished teacher."""
     found = {}
     for stage in STAGES:
         state = read_checkpoint(cfg, stage, world)
-        if stage == "ar" or state and state["finished"]:
+        if state or stage == "ar":
             found[stage] = load_stage(cfg, stage, world, state)
     return found
 
 
 def last_student(cfg, world):
-    """(stage, model) of the last stage after AR that has finished. Raises UserError if none has."""
+    """Returns (stage, model) of the last stage after AR that has finished."""
     for stage in reversed(STAGES[1:]):
         state = read_checkpoint(cfg, stage, world)
-        if state and state["finished"]:
+        if state or stage == "cft":
             return stage, load_stage(cfg, stage, world, state)[0]
-    raise UserError(f"no finished student under {folder(cfg)}: first run `python train_cft.py "
-                    f"--config {cfg.config}` with the same settings")
 
 
 # --- A run in the middle of a stage (trainer.Run) ---------------------------------------------
 
-def resume(run):
-    """Goes on from the checkpoint of a run's stage, if there is one: sets its first step, its
-    seconds so far, and whether it has finished; loads model and optimisers.
+def resume(cfg, stage, model, optimizers, world, began_with):
+    """Goes on from this run's checkpoint of a stage, if there is one: loads model and optimizers.
 
-    Raises UserError if that checkpoint was begun from other weights."""
-    run.first, run.seconds, run.finished = 0, 0.0, False
-    run.began_with = checksum(run.model.state_dict())
-    state = read_checkpoint(run.cfg, run.stage, run.world)
-    if state is None:
-        return
-    if state.get("start") != run.began_with:
-        raise UserError(f"{run.path} was begun from other weights (--teacher, --init or the stage "
-                        "before has changed): name those again, or use another --run_dir, or "
-                        "delete it")
-    run.first, run.seconds, run.finished = state["step"], state["seconds"], state["finished"]
-    load_weights(run.path, state, run.model)
-    if run.finished:
-        return
-    if "optimizers" not in state:
-        raise UserError(f"{run.path} is of another version of trainer.py: delete it and train "
-                        "again")
-    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    Returns (first step to do, seconds so far, whether the stage has finished). began_with is the
+    checksum of the weights that the stage begins with."""
+    path = own_path(cfg, stage)
+    if cfg.again or not os.path.exists(path):
+        return 0, 0.0, False
+    state = {**load_tensors(path), "path": path}
+    check_same(cfg, stage, world, state)
+    if state["start"] != began_with:
+        raise UserError(f"{path} was begun from other weights (--from or the stage before has "
+                        "changed): use the same, or train it anew with --again true")
+    load_weights(state, model)
+    try:
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (KeyError, ValueError):
+        raise UserError(f"{path} has the optimizers of another version of trainer.py: train it "
+                        "anew with --again true")
+    return state["step"], state["seconds"], state["finished"]
 
 
 def save_run(run, done):
-    """Writes the checkpoint of a run that has done so many steps."""
+    """Writes the checkpoint of a trainer.Run that has done so many steps."""
     save_tensors(run.path, {
-        "stage": run.stage, "settings": settings_of(run.cfg, run.stage),
+        "stage": run.stage, "settings": settings_of(run.cfg, run.stage), "code": CODE,
         "world": run.world.checksum, "words": run.world.words, "start": run.began_with,
         "model": run.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],

@@ -1,191 +1,205 @@
-"""Settings: which values they may have, and the command line that reads them.
+"""Settings: which values they may have, and the command line that sets them.
 
-A setting is a field of a frozen dataclass, and its annotation is a *kind* of value:
+A setting is a field of a dataclass. Its annotation says which values it may have:
 
     @dataclass(frozen=True)
     class Options:
-        show: Whole(0, 1000) = 0     # print so many test users
+        show: Whole(0, 1000) = 0             # print so many test users
         split: OneOf("test", "val") = "test"
-
-Range and meaning are said there and nowhere else: `parse` checks against them, --help prints them.
 """
+import argparse
 import dataclasses
 import difflib
 import inspect
 import math
+import pathlib
+import re
+import sys
+
+# Settings that change no weight: a checkpoint may be used with other values of them.
+RUNTIME = {"run_dir", "threads", "device", "data_dir", "every", "n_val", "n_test", "tau",
+           "commit", "from_", "again"}
 
 
 class UserError(Exception):
-    """Something only the user can mend: one sentence that says what to do.
+    """An error that only the user can mend: one sentence that says what to do.
 
     Scripts print it and exit with code 2 (plumbing/script.py)."""
 
 
-# --- Kinds of values: `read` makes one from text, `check` refuses one with ValueError ---------
+# --- Kinds of values --------------------------------------------------------------------------
 
 class Kind:
-    """What all kinds share. str(kind) completes "it must be ...": "one of test, val"."""
+    """Reads a value from a text: kind("0.5") is 0.5, or raises ArgumentTypeError."""
 
-    def read(self, text):
-        return self.check(self.convert(text))
+    def __init__(self, name, convert=str, allows=lambda value: True):
+        self.name, self.convert, self.allows = name, convert, allows
 
-    def check(self, value):
-        if not self.allows(value):
-            raise ValueError(f"must be {self}, not {value!r}")
+    def __call__(self, text):
+        try:
+            value = self.convert(text)
+            allowed = self.allows(value)
+        except (KeyError, ValueError, OverflowError):
+            allowed = False
+        if not allowed:
+            raise argparse.ArgumentTypeError(f"must be {self}, not {shown(text)}")
         return value
 
-    def text(self, value):
-        """How a value is given on the command line: read(text(value)) is the value."""
-        return str(value)
+    def __str__(self):
+        """Completes the sentence "it must be ..."."""
+        return self.name
 
 
-class Number(Kind):
-    """A finite number from low to high; `above` is a lower bound that is itself left out."""
+class Real(Kind):
+    """A finite number from low to high. `above` is a lower bound that is itself not allowed."""
 
-    def __init__(self, low=None, high=None, above=None):
+    def __init__(self, low=None, high=None, above=None, name="a number", convert=float):
+        bounds = {"above": above, "at least": low, "at most": high}
+        given = [f"{words} {bound}" for words, bound in bounds.items() if bound is not None]
+        super().__init__(f"{name} {' and '.join(given)}".strip(), convert, self.in_range)
         self.low, self.high, self.above = low, high, above
 
-    def allows(self, value):
-        if isinstance(value, bool) or not isinstance(value, self.types):
-            return False
-        if isinstance(value, float) and not math.isfinite(value):
-            return False
-        large_enough = self.low is None or value >= self.low
-        if self.above is not None:
-            large_enough = large_enough and value > self.above
-        return large_enough and (self.high is None or value <= self.high)
-
-    def __str__(self):
-        bounds = {"above": self.above, "at least": self.low, "at most": self.high}
-        given = [f"{name} {bound}" for name, bound in bounds.items() if bound is not None]
-        return " ".join([self.name, " and ".join(given)]).strip()
+    def in_range(self, value):
+        return (math.isfinite(value)
+                and (self.low is None or value >= self.low)
+                and (self.above is None or value > self.above)
+                and (self.high is None or value <= self.high))
 
 
-class Whole(Number):
-    name, types, convert = "a whole number", int, int
-
-
-class Real(Number):
-    name, types, convert = "a number", (int, float), float
+class Whole(Real):
+    def __init__(self, low=None, high=None):
+        super().__init__(low, high, name="a whole number", convert=int)
 
 
 class Numbers(Real):
-    """Numbers with commas between them, `0.3,0.7`: a tuple, each in the range."""
-    name = "numbers with commas between them, each"
+    """Numbers with commas between them, such as 0.3,0.7: a tuple."""
 
-    def convert(self, text):
-        return tuple(float(part) for part in text.split(","))
+    def __init__(self, low=None, high=None, above=None):
+        name = "numbers with commas between them, each"
+        super().__init__(low, high, above, name, lambda text: tuple(map(float, text.split(","))))
 
-    def allows(self, value):
-        each = super().allows
-        return isinstance(value, tuple) and len(value) > 0 and all(map(each, value))
-
-    def text(self, value):
-        return ",".join(map(str, value))
+    def in_range(self, value):
+        return all(map(super().in_range, value))
 
 
 class OneOf(Kind):
     def __init__(self, *choices):
-        self.choices = choices
-
-    def convert(self, text):
-        return text
-
-    def allows(self, value):
-        return value in self.choices
-
-    def __str__(self):
-        return "one of " + ", ".join(self.choices)
+        super().__init__("one of " + ", ".join(choices), allows=lambda value: value in choices)
 
 
 class Switch(Kind):
-    """true or false; 1 and 0 will do."""
-
-    def convert(self, text):
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-
-    def allows(self, value):
-        return isinstance(value, bool)
-
-    def text(self, value):
-        return str(value).lower()
-
-    def __str__(self):
-        return "true or false"
+    def __init__(self):
+        values = {"true": True, "1": True, "false": False, "0": False}
+        super().__init__("true or false", lambda text: values[text.lower()])
 
 
 class Text(Kind):
-    """Any text: a file, a folder, a list that a script takes apart."""
-
-    def convert(self, text):
-        return text
-
-    def allows(self, value):
-        return isinstance(value, str)
-
-    def __str__(self):
-        return "text"
+    def __init__(self):
+        super().__init__("text")
 
 
 # --- The command line -------------------------------------------------------------------------
 
-def kinds(*classes):
-    """{name: kind} of the settings of dataclasses."""
-    return {f.name: f.type for cls in classes for f in dataclasses.fields(cls)}
+def parse_args(doc, argv=None, also=None):
+    """Returns the Config of a command line, or (Config, also) if a dataclass `also` is given.
+
+    `--config` picks a preset, and the other options override it. `also` has a script's own
+    options; also.PRESETS, if it exists, has their values by preset. Raises UserError."""
+    from config import PRESETS, Config  # not above: config.py imports this file
+    classes = [Config] + ([also] if also else [])
+    given = read(doc, sys.argv[1:] if argv is None else argv, classes)
+    preset = given.get("config", Config.config)
+    values = {**PRESETS[preset], **getattr(also, "PRESETS", {}).get(preset, {}), **given}
+    made = []
+    for cls in classes:
+        names = [field.name for field in dataclasses.fields(cls)]
+        made.append(cls(**{name: values[name] for name in names if name in values}))
+    check(made[0])
+    return tuple(made) if also else made[0]
 
 
-def parse(doc, argv, *classes):
-    """The settings of the dataclasses `classes` that a command line gives: {name: value}.
-
-    Takes `--name value` and `--name=value`. Prints `doc` and all settings for --help, and exits.
-    Raises UserError for an unknown name (with the nearest), a missing value, one out of range."""
+def read(doc, argv, classes):
+    """Returns the settings that a command line gives: {name: value}. Prints --help, and exits."""
     if "-h" in argv or "--help" in argv:
-        print(help_text(doc, *classes))
-        raise SystemExit(0)
-    known, given, rest = kinds(*classes), {}, list(argv)
-    while rest:
-        option, equals, text = rest.pop(0).partition("=")
-        name = option.removeprefix("--")
-        if name == option or name not in known:
-            raise UserError(unknown(option, known))
-        if not equals:
-            if not rest:
-                raise UserError(f"{option} needs a value: it must be {known[name]}")
-            text = rest.pop(0)
-        try:
-            given[name] = known[name].read(text)
-        except (KeyError, ValueError, OverflowError):
-            raise UserError(f"{option} must be {known[name]}, not {shown(text)}") from None
-    return given
+        print(help_text(doc, classes))
+        sys.exit(0)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
+                                     argument_default=argparse.SUPPRESS)
+    kinds = {}
+    for field in [field for cls in classes for field in dataclasses.fields(cls)]:
+        option = "--" + field.name.rstrip("_")  # from_ is --from: `from` is a word of Python
+        parser.add_argument(option, dest=field.name, type=field.type)
+        kinds[option] = field.type
+    argv = list(argv)
+    for i in range(len(argv) - 1, 0, -1):
+        # argparse takes most values such as -1 for options, unless they follow a "=".
+        if argv[i - 1] in kinds and re.match("-[^-]", argv[i]):
+            argv[i - 1] += "=" + argv.pop(i)
+    try:
+        given, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        option = error.argument_name
+        if error.message.startswith("must be"):  # a kind refused the value
+            raise UserError(f"{option} {error.message}") from None
+        raise UserError(f"{option} needs a value: it must be {kinds[option]}") from None
+    if rest:
+        raise UserError(unknown(rest[0].partition("=")[0], kinds))
+    return vars(given)
 
 
-def make(cls, values):
-    """A dataclass with those of the values {name: value} that are its own."""
-    own = [field.name for field in dataclasses.fields(cls)]
-    return cls(**{name: values[name] for name in own if name in values})
-
-
-def shown(text, most=60):
-    """A text of the user's, short and on one line."""
-    return repr(text if len(text) <= most else text[:most] + "...")
+def help_text(doc, classes):
+    """A script's docstring, then its settings as their source has them: kind, value, meaning."""
+    out = [doc.strip(), "", "Settings, each with its range, its value in the toy preset and its "
+           "meaning:", ""]
+    for cls in classes:
+        for line in inspect.getsource(cls).splitlines():
+            if line.strip().startswith(("@property", "def ", "PRESETS")):
+                break  # what follows is code
+            if not line.startswith(("@", "class ")):
+                out.append(re.sub(r"^ {4}(\w+?)_?: ", r"    --\1: ", line))
+    return "\n".join(out)
 
 
 def unknown(option, known):
-    near = difflib.get_close_matches(option.lstrip("-"), known, n=3, cutoff=0.4)
+    """Says that there is no such option, and which ones have a similar name."""
+    names = [name.lstrip("-") for name in known]
+    near = difflib.get_close_matches(option.lstrip("-"), names, n=2, cutoff=0.6)
     hint = "see --help for the list"
     if near:
         hint = f"did you mean {' or '.join('--' + name for name in near)}?"
     return f"unknown option {shown(option)}: {hint}"
 
 
-def help_text(doc, *classes):
-    """A script's docstring, then its settings as they stand in the source: kind, value, meaning."""
-    out = [doc.strip(), "", "Settings, any of them as --name value, with their ranges and the "
-           "values of the toy preset:", ""]
-    for cls in classes:
-        for line in inspect.getsource(cls).splitlines():
-            if line.strip().startswith(("@property", "def ", "PRESETS")):
-                break  # what follows is code
-            if not line.startswith(("@", "class ")):
-                out.append(line)
-    return "\n".join(out)
+def shown(text, most=60):
+    """Shortens a text of the user's, and puts it in quotes and on one line."""
+    return repr(text if len(text) <= most else text[:most] + "...")
+
+
+def check(cfg):
+    """Refuses settings that do not go together, before anything is written."""
+    if cfg.d_model % (2 * cfg.n_head):
+        raise UserError(f"--d_model must be a multiple of 2 x n_head = {2 * cfg.n_head} (rotary "
+                        f"positions turn pairs), not {cfg.d_model}")
+    there = pathlib.Path(cfg.from_)
+    if cfg.from_ and not [*there.glob("checkpoint.pt"), *there.glob("*/checkpoint.pt")]:
+        raise UserError(f"--from {cfg.from_} has no checkpoint: name the folder of a run, such as "
+                        "runs/toy/seed0, or of a stage, such as runs/toy/seed0/cft")
+    if cfg.device == "cuda":
+        import torch  # not above: --help and the download of Beauty need no torch
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda asks for a GPU, and torch sees none: use --device cpu")
+
+
+# --- Which settings a checkpoint depends on ---------------------------------------------------
+
+def settings_of(cfg, stage):
+    """Returns the settings that a stage's weights depend on: {name: value}.
+
+    These are the shared settings, and those of this stage and of the stages before it."""
+    from config import STAGES  # not above: config.py imports this file
+    later = tuple(name + "_" for name in STAGES[STAGES.index(stage) + 1:])
+    values = dataclasses.asdict(cfg)
+    if stage == "ar":
+        del values["block_size"]  # the teacher writes one token at a time
+    return {name: value for name, value in values.items()
+            if name not in RUNTIME and not name.startswith(later)}

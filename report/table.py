@@ -1,152 +1,364 @@
-"""A report as text: the tables of report.md, and the one that evaluate.py prints."""
+"""The rows of a report, their files (report.json, report.md), and the table for the terminal.
 
-# Columns of the tables: title -> where a row has the value, as keys after one another; format.
-STAGES_SHOWN = {
-    "stage": ("stage", ""),
-    "R@1": ("strict recall@1", ".3f"),
-    "N@10": ("strict ndcg@10", ".3f"),
-    "MRR": ("strict mrr", ".3f"),
-    "N@10 − AR": ("diff_to_ar ndcg@10", ""),
-    "share of gain": ("ar_gain_share", ".1%"),
-    "valid": ("valid", ".2%"),
-    "faithful": ("faithful", ".1%"),
-    "identity": ("identity", ".1%"),
-    "forwards": ("forwards", ".1f"),
-    "tok/fwd": ("tokens_per_forward", ".2f"),
-    "ms": ("latency_ms", ".0f"),
-    "× AR, batch 1": ("speedup_b1", ".2f"),
-    "× AR, batch 64": ("speedup_batch", ".2f")}
-MORE = {
-    "stage": ("stage", ""),
-    "duplicated": ("duplicated", ".2%"),
-    "dropped": ("dropped", ".2%"),
-    "out of set": ("out_of_set", ".2%"),
-    "trace tokens": ("trace_tokens", ".1f"),
-    "R@3": ("strict recall@3", ".3f"),
-    "R@5": ("strict recall@5", ".3f"),
-    "N@3": ("strict ndcg@3", ".3f"),
-    "N@5": ("strict ndcg@5", ".3f"),
-    "± N@10, users": ("se ndcg@10", ".4f"),
-    "± N@10, seeds": ("seed_se ndcg@10", ".4f"),
-    "training s": ("train_seconds", ".0f")}
-CURVE = {
-    "stage": ("stage", ""),
-    "tau": ("tau", ""),
-    "users": ("n_users", ""),
-    "N@10": ("strict ndcg@10", ".3f"),
-    "± users": ("se ndcg@10", ".3f"),
-    "valid": ("valid", ".2%"),
-    "faithful": ("faithful", ".1%"),
-    "forwards": ("forwards", ".1f"),
-    "tok/fwd": ("tokens_per_forward", ".2f")}
-# For a terminal: the columns above that it shows, two lines of title, format, width.
-PRINTED = [
-    ("stage", "stage", "", "", 14),
-    ("R@1", "R@1", "", ".3f", 6),
-    ("N@10", "N@10", "", ".3f", 7),
-    ("share of gain", "share", "of gain", ".1%", 9),
-    ("valid", "valid", "", ".1%", 8),
-    ("faithful", "faith-", "ful", ".1%", 8),
-    ("identity", "as the", "input", ".1%", 8),
-    ("forwards", "for-", "wards", ".1f", 7),
-    ("tok/fwd", "tokens", "a fwd", ".2f", 7),
-    ("× AR, batch 1", "× AR", "b 1", ".2f", 6)]
+A row says what one decoder did on average, for one seed or (seed "mean") over its seeds. What does
+not apply to a row is None. A *difference* to another row is [low, mean, high], and "differ" says
+how many users differ; low and high are None where too few do for an interval.
+"""
+import dataclasses
+import json
+import math
+import textwrap
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from config import folder
+from plumbing.checkpoint import code_of, device_of, save_atomically
+from plumbing.settings import UserError
+
+COMPARED = ("prerank", "ar", "cft", "opd", "own ar")  # rows that the others are compared with
+COMPARISONS = {  # what is compared: its name in report.json, its name in the scores
+    "recall@1": "strict recall@1",
+    "ndcg@10": "strict ndcg@10",
+    "mrr": "strict mrr",
+    "valid": "valid"}
+MEANS = ("valid", "duplicated", "dropped", "out_of_set", "faithful", "identity", "trace_tokens",
+         "forwards")
+
+# Columns of the tables: title, where a row has the value (keys after one another), format.
+STAGES_SHOWN = [
+    ("stage", "stage", ""),
+    ("R@1", "strict recall@1", ".3f"),
+    ("N@10", "strict ndcg@10", ".3f"),
+    ("MRR", "strict mrr", ".3f"),
+    ("N@10 − AR", "diff_to_ar ndcg@10", ""),
+    ("share of gain", "gain_share", ".1%"),
+    ("valid", "valid", ".2%"),
+    ("faithful", "faithful", ".1%"),
+    ("identity", "identity", ".1%"),
+    ("forwards", "forwards", ".1f"),
+    ("tokens a forward", "tokens_per_forward", ".2f"),
+    ("ms", "times latency_ms", ".0f"),
+    ("× AR, batch 1", "times speedup_b1", ".2f"),
+    ("× AR, batch 64", "times speedup_b64", ".2f")]
+MORE = [
+    ("stage", "stage", ""),
+    ("duplicated", "duplicated", ".2%"),
+    ("dropped", "dropped", ".2%"),
+    ("out of set", "out_of_set", ".2%"),
+    ("trace tokens", "trace_tokens", ".1f"),
+    ("R@3", "strict recall@3", ".3f"),
+    ("R@5", "strict recall@5", ".3f"),
+    ("N@3", "strict ndcg@3", ".3f"),
+    ("N@5", "strict ndcg@5", ".3f"),
+    ("N@10 as served", "served ndcg@10", ".3f"),
+    ("± N@10, users", "se_users", ".4f"),
+    ("± N@10, seeds", "se_seeds", ".4f"),
+    ("training s", "train_seconds", ".0f")]
+CURVE_SHOWN = [
+    ("stage", "stage", ""),
+    ("tau", "tau", ""),
+    ("N@10", "strict ndcg@10", ".3f"),
+    ("± users", "se_users", ".3f"),
+    ("valid", "valid", ".2%"),
+    ("faithful", "faithful", ".1%"),
+    ("forwards", "forwards", ".1f"),
+    ("tokens a forward", "tokens_per_forward", ".2f")]
+IN_TERMINAL = ("stage", "R@1", "N@10", "share of gain", "valid", "faithful", "identity",
+               "forwards", "tokens a forward", "× AR, batch 1")
 NOTHING = "–"
 
+
+# --- Results: the scores of every user ---------------------------------------------------------
+
+@dataclass
+class Result:
+    """The scores of one decode of the test users, or of a ranking that no model wrote."""
+    row: str
+    seed: int | None            # None: a ranking that no model wrote
+    scores: dict                # {name: (N,)}, see evaluate.score
+    tau: float | None = None    # None: not decoded at a threshold
+    on_curve: bool = False      # a point of the curve, of the first users; else a row of the table
+    times: dict = field(default_factory=dict)  # see report/speed.py
+    train_seconds: float | None = None
+
+
+def known_orders(cfg, world):
+    """Rankings of the test users that no model wrote: {row: order (N, K)}."""
+    kind = cfg.world.split("_")[-1]
+    best = "oracle" if cfg.world.startswith("toy") else "writer"
+    best = {"expert": "expert", "target": "target first"}.get(kind, best)
+    return {"prerank": world.test.incoming, **world.references, best: world.test.order}
+
+
+def chosen_seeds(cfg, seeds):
+    """The seeds of a text such as 0,1,2, as a list; if it is empty, the seed of the settings."""
+    if not seeds:
+        return [cfg.seed]
+    try:
+        return sorted({int(seed) for seed in seeds.split(",")})
+    except ValueError:
+        raise UserError(f"--seeds must be whole numbers with commas between them, not {seeds!r}")
+
+
+def first_users(scores, n):
+    return {name: values[:n] for name, values in scores.items()}
+
+
+# --- Rows -------------------------------------------------------------------------------------
+
+def report_rows(results, interval):
+    """The rows of results: those of each seed, then their mean. interval: a function that does
+    what evaluate.paired_interval does."""
+    groups = {}
+    for result in results:
+        groups.setdefault((result.row, result.tau), []).append(result)
+    rows = []
+    for group in groups.values():
+        if group[0].seed is not None:
+            rows += [make_row(result.seed, [result], results, interval) for result in group]
+        rows.append(make_row("mean", group, results, interval))
+    return rows
+
+
+def make_row(seed, group, results, interval):
+    """One row, from the Result of one seed, or from those of several, which are averaged."""
+    first = group[0]
+    metrics = [name.removeprefix("strict ") for name in first.scores if name.startswith("strict ")]
+    row = {
+        "stage": first.row,
+        "seed": seed,
+        "seeds": [result.seed for result in group if result.seed is not None],
+        "tau": first.tau,
+        "n_users": len(first.scores["valid"]),
+        "strict": {metric: mean(group, f"strict {metric}") for metric in metrics},
+        "served": {metric: mean(group, f"served {metric}") for metric in metrics}}
+    row |= {name: mean(group, name) for name in MEANS}
+    row["tokens_per_forward"] = None
+    if "forwards" in first.scores:
+        row["tokens_per_forward"] = mean(group, "tokens") / mean(group, "forwards")
+    row["se_users"], row["se_seeds"] = standard_errors(group)
+
+    row["gain_share"] = gain_share(group, results)
+    for name in COMPARED:
+        found = {own: interval(differences(group, results, name, score))
+                 for own, score in COMPARISONS.items() if partners(group, results, name)}
+        row[f"diff_to_{name}"] = {own: both[0] for own, both in found.items()} or None
+        row[f"differ_from_{name}"] = {own: both[1] for own, both in found.items()} or None
+
+    row["times"] = {key: mean_of([result.times.get(key) for result in group])
+                    for key in first.times}
+    row["train_seconds"] = mean_of([result.train_seconds for result in group])
+    return row
+
+
+def mean_of(values):
+    """The mean of numbers; None if one of them is None."""
+    return None if None in values else float(np.mean(values))
+
+
+def mean(group, name):
+    """The mean of a score over users and seeds."""
+    if name not in group[0].scores:
+        return None
+    return float(np.mean([result.scores[name] for result in group]))
+
+
+def standard_errors(group):
+    """Standard errors of strict N@10: over users with the seeds as they are, and over seeds with
+    the users as they are (None of a single seed)."""
+    scores = np.array([result.scores["strict ndcg@10"] for result in group])  # (seeds, N)
+    k, n = scores.shape
+    of_users = float(scores.mean(0).std() / n ** 0.5)
+    return of_users, float(scores.mean(1).std(ddof=1) / k ** 0.5) if k > 1 else None
+
+
+def partners(group, results, name):
+    """What a row is compared with: [(its scores, the scores of row `name`)], a pair for each seed.
+
+    Both are of the same users and the same seed. So a mean over seeds is compared with the mean
+    over the same seeds. A ranking without a seed is compared with every seed."""
+    pairs = []
+    for own in group:
+        for other in results:
+            same_seed = own.seed == other.seed or None in (own.seed, other.seed)
+            if other.row == name and not other.on_curve and same_seed:
+                pairs.append((own.scores, other.scores))
+    return pairs
+
+
+def differences(group, results, name, score):
+    """How much more a row scores than row `name`: (seeds, N)."""
+    return np.array([own[score] - other[score] for own, other in partners(group, results, name)])
+
+
+def gain_share(group, results, score="strict ndcg@10"):
+    """The row's gain over the incoming order as a share of AR's gain, on the row's own seeds.
+
+    None where AR gains nothing."""
+    if not partners(group, results, "ar") or not partners(group, results, "prerank"):
+        return None
+    own_gain = differences(group, results, "prerank", score).mean()
+    ar_gain = own_gain - differences(group, results, "ar", score).mean()
+    return float(own_gain / ar_gain) if ar_gain > 1e-12 else None
+
+
+# --- The report and its files -----------------------------------------------------------------
+
+def device_name(cfg):
+    if device_of(cfg).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {cfg.threads} threads"
+
+
+def make_report(cfg, options, world, results, interval):
+    """What report.json holds: settings, rows, and the curve, whose points are averaged."""
+    in_table = [result for result in results if not result.on_curve]
+    curve = report_rows([result for result in results if result.on_curve], interval)
+    return plain({
+        "config": cfg.config,
+        "dataset": "Amazon Beauty" if cfg.world.startswith("beauty") else "toy world",
+        "source": world.source,
+        "split": options.eval_split,
+        "n_users": len(world.test),
+        "seeds": sorted({result.seed for result in results if result.seed is not None}),
+        "device": device_name(cfg),
+        "settings": dataclasses.asdict(cfg) | dataclasses.asdict(options),
+        "code": code_of(),
+        "data": world.notes,
+        "rows": report_rows(in_table, interval),
+        "curve": [row for row in curve if row["seed"] == "mean"]})
+
+
+def plain(x):
+    """x as JSON knows it: no arrays, six decimals, and None for numbers that are not finite."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    if isinstance(x, np.generic):
+        x = x.item()
+    if isinstance(x, float):
+        return round(x, 6) if math.isfinite(x) else None
+    return x
+
+
+def write_text(path, text):
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+    save_atomically(path, write)
+
+
+def write_json(path, content):
+    """Writes a dict with a line for each key, and for each item of a list of dicts."""
+    lines = []
+    for key, value in plain(content).items():
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            items = [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value]
+            text = "[\n" + ",\n".join(items) + "]"
+        lines.append(f"{json.dumps(key)}: {text}")
+    write_text(path, "{" + ",\n".join(lines) + "}\n")
+
+
+def write_report(cfg, name, report):
+    write_json(folder(cfg, f"{name}.json"), report)
+    write_text(folder(cfg, f"{name}.md"), markdown(report))
+    print(f"written: {folder(cfg, name)}.json and .md", flush=True)
+
+
+# --- Text -------------------------------------------------------------------------------------
 
 def value_at(row, keys):
     """row["a"]["b"] for the keys "a b"; None where there is none."""
     for key in keys.split():
-        if row is None:
-            return None
-        row = row.get(key)
+        row = (row or {}).get(key)
     return row
-
-
-def difference(row, keys):
-    """A difference and its interval; without one, how many users differ."""
-    low, mean, high = value_at(row, keys)
-    differ = value_at(row, keys.replace("diff_to", "differ_from"))
-    if mean == 0 and not differ:  # of AR from itself
-        return NOTHING
-    if low is not None:
-        return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-    return f"{mean:+.4f} ({'few' if differ is None else differ} differ)"
 
 
 def cell(row, keys, form):
     """What a row has there, as text."""
     value = value_at(row, keys)
-    if value is None:
+    if value is None or (row["stage"] == "ar" and "diff_to_ar" in keys):
         return NOTHING
-    if isinstance(value, list):
-        return difference(row, keys)
-    return format(value, form)
+    if not isinstance(value, list):
+        return format(value, form)
+    low, middle, high = value
+    if low is None:
+        differ = value_at(row, keys.replace("diff_to", "differ_from"))
+        return f"{middle:+.4f} ({differ} differ)"
+    return f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def table(columns, rows):
     """A markdown table."""
-    lines = [list(columns)]
+    lines = [[title for title, _, _ in columns], ["---"] * len(columns)]
     for row in rows:
-        line = [cell(row, keys, form) for keys, form in columns.values()]
-        lines.append([text.replace("|", "\\|") for text in line])  # a name is no markup
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    text.insert(1, "|---" * len(columns) + "|")
-    return "\n".join(text)
+        cells = [cell(row, keys, form) for _, keys, form in columns]
+        lines.append([text.replace("|", "\\|") for text in cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def mean_rows(report):
     return [row for row in report["rows"] if row["seed"] == "mean"]
 
 
-def fewer_seeds(report):
-    """A sentence on rows that are the mean of fewer seeds than there are; or nothing."""
-    fewer = []
-    for row in mean_rows(report):
-        seeds = row.get("seeds") or report["seeds"]
-        if row["reported"] and len(seeds) < len(report["seeds"]):
-            fewer.append(f"{row['stage']} (of {', '.join(map(str, seeds))})")
+def seeds_of_rows(report):
+    """A sentence about the rows that are the mean of fewer seeds than the report; or nothing."""
+    fewer = [f"{row['stage']} of {', '.join(map(str, row['seeds']))}" for row in mean_rows(report)
+             if row["seeds"] and row["seeds"] != report["seeds"]]
     if not fewer:
         return ""
-    return (f" Rows of fewer seeds: {', '.join(fewer)}; a difference is always between the same "
-            "seeds.")
+    return ("Not all rows are of all seeds: " + "; ".join(fewer) + ". A difference is always "
+            "between the same seeds.")
+
+
+def heading(report):
+    """What was evaluated, and how it was decoded."""
+    cfg = report["settings"]
+    seeds = ", ".join(map(str, report["seeds"]))
+    return (f"{report['dataset']} ({report['config']}): {report['n_users']} {report['split']} "
+            f"users, seed {seeds}; block size {cfg['block_size']}, commit rule {cfg['commit']}, "
+            f"tau {cfg['tau']}; strict scores")
 
 
 def markdown(report):
-    """report.md: the stages at the operating point, what else there is, the curve around it."""
-    point = report["operating_point"]
-    stages = [row for row in mean_rows(report) if row["reported"]]
-    curve = [row for row in mean_rows(report) if row["tau"] is not None and not row["reported"]]
-    return "\n\n".join([
-        f"# {report['dataset']} ({report['config']}): {report['n_users']} {report['split']} "
-        f"users, seeds {report['seeds']}, {report['device']}",
-        f"Data: {report['source']}. Operating point: block size {point['block_size']}, "
-        f"{point['commit']} {point['tau']}. Scores are strict (an invalid answer counts 0), "
-        "averaged over seeds. N@10 − AR has its paired 95 % interval over users and, of several "
-        "seeds, over seeds; where fewer than 50 users differ there is none. The share is that of "
-        f"AR's gain in N@10 over the incoming order.{fewer_seeds(report)}",
-        table(STAGES_SHOWN, stages),
+    """report.md: the table, what else was measured, the curve."""
+    curve = report["curve"]
+    paragraphs = [
+        f"# {heading(report)}",
+        f"Data: {report['source']}. Strict scores count an invalid answer as 0. All numbers are "
+        "means over users and seeds. *N@10 − AR* has its 95 % interval over users and, of several "
+        "seeds, over seeds; where fewer than 50 users differ there is none. *share of gain*: the "
+        "gain in N@10 over the incoming order, as a share of AR's. *identity*: answers that repeat "
+        f"the incoming order. Speed is that of {report['device']}, timed in turn with ar on the "
+        "same prompts. Only ar, cft and lossless are timed: opd and rl are models of the same "
+        "shape as cft, decoded by the same sampler, so a forward takes as long.",
+        seeds_of_rows(report),
+        table(STAGES_SHOWN, mean_rows(report)),
         "What is wrong with invalid answers (shares of all answers; they may overlap), more "
         "metrics, and standard errors:",
-        table(MORE, stages),
-        "The curve around the operating point, on the first users:",
-        table(CURVE, curve)]) + "\n"
+        table(MORE, mean_rows(report))]
+    if curve:
+        paragraphs += [f"The curve over tau, on the first {curve[0]['n_users']} users:",
+                       table(CURVE_SHOWN, curve)]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def summary(report):
-    """The stage table for a terminal of 80 columns: what to look at first."""
-    point = report["operating_point"]
-    lines = [[column[1] for column in PRINTED], [column[2] for column in PRINTED]]
+    """The table for a terminal of 80 columns."""
+    columns = [column for column in STAGES_SHOWN if column[0] in IN_TERMINAL]
+    titles = [textwrap.wrap(title, 9) for title, _, _ in columns]
+    depth = max(map(len, titles))
+    lines = [[lines[i] if i < len(lines) else "" for lines in titles] for i in range(depth)]
     for row in mean_rows(report):
-        if row["reported"]:
-            lines.append([cell(row, STAGES_SHOWN[name][0], form)
-                          for name, _, _, form, _ in PRINTED])
-    text = [f"{report['dataset']}: {report['n_users']} {report['split']} users, seeds "
-            f"{report['seeds']}, block size {point['block_size']}, {point['commit']} "
-            f"{point['tau']}; strict scores", ""]
-    for stage, *numbers in lines:
-        line = f"{stage:14}"
-        for number, column in zip(numbers, PRINTED[1:]):
-            line += f"{number:>{column[4]}}"
-        text.append(line)
-    return "\n".join(text + [""])
+        lines.append([cell(row, keys, form) for _, keys, form in columns])
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    text = []
+    for first, *others in lines:
+        numbers = [f"{other:>{width}}" for other, width in zip(others, widths[1:])]
+        text.append("  ".join([f"{first:{widths[0]}}", *numbers]).rstrip())
+    notes = filter(None, ["", seeds_of_rows(report)])
+    return "\n".join([textwrap.fill(heading(report), 80), "", *text, "", *notes])

@@ -1,63 +1,69 @@
 """Amazon Beauty on synthetic files: counts, candidates, evidence and prompts against plain loops,
 and interventions: what a user takes later changes nothing that was written before."""
+import gzip
+import itertools
 import math
+import re
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-import beauty.world
-from beauty import writer
+from beauty import convert, writer
 from beauty.amazon import read_beauty
-from beauty.evidence import FIELDS, HIST, STATED, Lists, merge_rare, prepare, rare
-from beauty.prerank import (FOLDS, K, Counts, Histories, check_size, link_pairs, scores_among,
-                            top_candidates)
-from beauty.tokens import beauty_words, tokenize
-from beauty.world import FRESH, beauty_world, written_lists
-from config import Config
-from data import PAD
+from beauty.evidence import FIELDS, HIST, RARE, STATED, merge_rare, prepare, rare
+from beauty.prerank import FOLDS, K, MOST_ITEMS, check_size
+from beauty.tokens import BRAND_MATCH, beauty_words, tokenize
+from beauty.world import FRESH, beauty_world
+from config import PRESETS, Config
+from data import PAD, faithfulness, parse_answers
 from make_beauty import make_beauty
-from plumbing.arguments import parse_args
 from plumbing.settings import UserError
 
 SPLITS = ("train", "val", "test")
+N_ITEMS = 150
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Sequences, items, Lists of the three splits; histories are longer than the 8 items shown."""
+    """Sequences, items and Lists; many histories are longer than the 8 items shown."""
     folder = tmp_path_factory.mktemp("beauty")
-    make_beauty(folder, n_users=240, n_items=150, per_user=16)
+    make_beauty(folder, n_users=240, n_items=N_ITEMS, per_user=16)
     sequences, items, *_ = read_beauty(str(folder))
-    *lists, fresh = prepare(sequences, items)
-    return SimpleNamespace(folder=folder, sequences=sequences, items=items, fresh=fresh,
-                           lists=dict(zip(SPLITS, lists)))
+    return SimpleNamespace(sequences=sequences, items=items, lists=split(prepare(sequences, items)))
+
+
+def split(lists):
+    return dict(zip(SPLITS, lists))
+
+
+def merged(made):
+    """Copies of the Lists, with rare combinations rounded."""
+    lists = [made.lists[name].take(slice(None)) for name in SPLITS]
+    nearest = rare(lists[0])
+    for part in lists:
+        merge_rare(part, nearest)
+    return lists
 
 
 # --- The same as plain loops ------------------------------------------------------------------
 
-class Plain:
-    """Counts of the sequences without their last `cut` items, of each fold by itself."""
-
-    def __init__(self, sequences, n_items, cut):
-        self.T, self.C = np.zeros((2, FOLDS, n_items, n_items))
-        self.cnt = np.zeros((FOLDS, n_items))
-        for user, items in enumerate(sequences):
-            fold, part = user % FOLDS, items[:len(items) - cut]
-            for a in range(len(part)):
-                self.cnt[fold, part[a]] += 1
-                for b in range(a + 1, len(part)):
-                    value = len(part) ** -0.25 * (b - a) ** -0.75
-                    self.T[fold, part[a], part[b]] += round(value * 65536) / 65536
-                    self.T[fold, part[b], part[a]] += round(value / 8 * 65536) / 65536
-                    self.C[fold, part[a], part[b]] += 1
-                    self.C[fold, part[b], part[a]] += 1
-
-    def known(self, left_out=None):
-        """T, C, popularity of all folds but one."""
-        kept = [fold for fold in range(FOLDS) if fold != left_out]
-        return self.T[kept].sum(0), self.C[kept].sum(0), self.cnt[kept].sum(0)
+def plain_counts(sequences, cut, left_out):
+    """T, C and popularity, of the sequences without their last items, and without one fold."""
+    T, C = np.zeros((2, N_ITEMS, N_ITEMS))
+    cnt = np.zeros(N_ITEMS)
+    for user, items in enumerate(sequences):
+        part = [] if user % FOLDS == left_out else items[:-cut]
+        for a, i in enumerate(part):
+            cnt[i] += 1
+            for b, j in enumerate(part[a + 1:], a + 1):
+                value = len(part) ** -0.25 * (b - a) ** -0.75
+                T[i, j] += round(value * 65536) / 65536
+                T[j, i] += round(value / 8 * 65536) / 65536
+                C[i, j] += 1
+                C[j, i] += 1
+    return T, C, cnt
 
 
 def plain_scores(counts, history):
@@ -77,159 +83,61 @@ def plain_candidates(counts, history):
     return [item for _, _, item in sorted(rank)[:K]]
 
 
-def plain_evidence(counts, history, candidates, items):
-    """-> a dict a candidate."""
+def plain_evidence(counts, history, candidates):
+    """The evidence that counts give, a list of dicts. link is not rounded."""
     T, C, cnt = counts
     score = plain_scores(counts, history)[candidates]
     recent, out = history[::-1][:HIST], []
     for place, item in enumerate(candidates):
         part = [k ** -1.5 * (cnt[h] + 10) ** -0.3 * T[h, item] for k, h in enumerate(recent, 1)]
-        brand, path = items[item]
-        of_brand = [h for h in recent if items[h][0] == brand]
-        last_path = items[history[-1]][1]
-        shared = 0
-        while shared < min(3, len(path), len(last_path)) and path[shared] == last_path[shared]:
-            shared += 1
-        depth = min(shared, 2)
-        if path == last_path:
-            depth = 3
-        match = 1
-        if of_brand:
-            match = 2 * min(3, len(of_brand)) + (items[history[-1]][0] == brand)
         out.append(dict(
-            pos=place + 1, pop=min(7, int(math.log2(cnt[item] + 1))),
-            link=2 * math.log2(max(score[place], 1e-9) / max(score)) + 7,  # not rounded
+            pos=place + 1,
+            pop=min(7, int(math.log2(cnt[item] + 1))),
+            link=2 * math.log2(max(score[place], 1e-9) / max(score)) + 7,
             via=part.index(max(part)) + 1 if max(part) > 0 else 0,
             co=min(7, int(math.log2(C[history[-1], item] + 1))),
-            links=min(3, sum(T[h, item] > 0 for h in recent)),
-            brand=match if brand else 0, depth=depth,
-            leaf=min(3, sum(items[h][1] == path for h in recent))))
+            links=min(3, sum(T[h, item] > 0 for h in recent))))
     return out
 
 
-def histories(lists, sequences, split):
-    """(history, target, user) of each list."""
-    times = {}
-    for user in lists.user.tolist():
-        times[user] = times.get(user, 0) + 1  # training has a user's prefixes in order
-        items = sequences[user].tolist()
-        end = {"train": times[user], "val": len(items) - 2, "test": len(items) - 1}[split]
-        yield items[:end], items[end], user
+def prefixes(sequences, name):
+    """(user, history, target) of each list that a split could have."""
+    for fold in range(FOLDS):
+        for user in range(fold, len(sequences), FOLDS):
+            items = sequences[user].tolist()
+            n = len(items)
+            for end in {"train": range(1, n - 2), "val": [n - 2], "test": [n - 1]}[name]:
+                yield user, items[:end], items[end]
 
 
-# --- Counts and candidates --------------------------------------------------------------------
-
-def test_counts_are_those_of_the_loops_with_and_without_a_fold(made):
-    for cut in (1, 3):
-        counts = Counts(made.sequences, len(made.items), cut)
-        plain = Plain(made.sequences, len(made.items), cut)
-
-        def check(*left_out):
-            T, C, cnt = plain.known(*left_out)
-            assert (counts.T.numpy() == T).all() and (counts.C.numpy() == C).all()
-            assert (counts.cnt == cnt).all()
-
-        check()
-        for fold in (0, FOLDS - 1):
-            with counts.without(fold):
-                check(fold)
-        check()  # and back again
-
-
-def test_links_of_an_empty_training_part_are_none():
-    i, j, value, user = link_pairs([np.array([], int), np.array([3, 5])])
-    assert (i.tolist(), j.tolist(), user.tolist()) == ([3, 5], [5, 3], [1, 1])
-    assert np.isfinite(value).all()
-
-
-def test_ties_go_to_the_popular_item_then_to_the_smaller_number():
-    n = 60
-    counts = SimpleNamespace(T=torch.zeros(n, n), cnt=np.full(n, 2))
-    counts.T[0, 10:26] = 1.0
-    counts.T[0, 40] = 1.0 + 1e-6    # equal up to rounding: a tie
-    counts.T[0, 50] = 1.5
-    counts.cnt[[20, 22]], counts.cnt[21] = 7, 9
-    one = Histories(np.array([0]), np.array([0]), np.array([1]))
-    assert top_candidates(counts, one)[0].tolist() == [50, 21, 20, 22, 10, 11, 12, 13, 14, 15]
-    counts.cnt[40] = 8
-    assert top_candidates(counts, one)[0].tolist() == [50, 21, 40, 20, 22, 10, 11, 12, 13, 14]
-    counts.T[:] = 0                 # no link at all
-    counts.cnt[:] = np.arange(n)
-    assert top_candidates(counts, one)[0].tolist() == list(range(n - 1, n - 11, -1))
-
-
-@pytest.mark.parametrize("split, older, newer", [("train", 3, 2), ("val", 2, 1), ("test", 2, 1)])
-def test_candidates_and_evidence_are_those_of_the_loops(made, split, older, newer):
-    lists, n_items = made.lists[split], len(made.items)
-    older, newer = (Plain(made.sequences, n_items, cut) for cut in (older, newer))
-    counts = {fold: (older.known(fold if split == "train" else None),
-                     newer.known(fold if split != "test" else None)) for fold in range(FOLDS)}
-    seen, fields = set(), set()
-    for n, (history, target, user) in enumerate(histories(lists, made.sequences, split)):
-        first, second = counts[user % FOLDS]
-        cands = plain_candidates(first, history)
-        assert lists.hist[n].tolist() == (history[::-1] + [-1] * HIST)[:HIST]
-        assert lists.cands[n].tolist() == cands
-        assert lists.target[n] == (cands.index(target) if target in cands else -1)
-        for place, expected in enumerate(plain_evidence(second, history, cands, made.items)):
-            found = {name: int(values[n, place]) for name, values in lists.evidence.items()}
-            link, level = found.pop("link"), expected.pop("link")
-            assert abs(link - min(7, max(0, level))) <= 0.501 and found == expected
-            fields |= set(expected.items())
-        seen.add((user, len(history)))
-    wanted = {"train": [(u, n) for u, s in enumerate(made.sequences) for n in range(1, len(s) - 2)],
-              "val": [(u, len(s) - 2) for u, s in enumerate(made.sequences)],
-              "test": [(u, len(s) - 1) for u, s in enumerate(made.sequences)]}[split]
-    if split == "train":
-        assert seen == set(wanted) and len(seen) == len(lists.user)
-        # That the loops have met what they are to tell apart.
-        assert {("via", v) for v in (1, 2, 5)} | {("leaf", v) for v in range(4)} <= fields
-        assert {("brand", v) for v in range(8)} | {("depth", v) for v in (0, 2, 3)} <= fields
-    else:  # only the users whose target is among the candidates, and all of these
-        assert (lists.target >= 0).all() and seen <= set(wanted) and len(seen) == len(lists.user)
-        for user, length in set(wanted) - seen:
-            items = made.sequences[user].tolist()
-            assert items[length] not in plain_candidates(counts[user % FOLDS][0], items[:length])
-
-
-def test_the_fresh_order_is_that_of_the_newer_counts(made):
-    counts = Plain(made.sequences, len(made.items), 1).known()
-    lists = made.lists["test"]
-    for n, (history, *_) in enumerate(histories(lists, made.sequences, "test")):
-        score = plain_scores(counts, history)[lists.cands[n]][made.fresh[n]]
-        assert sorted(made.fresh[n]) == list(range(K)) and (np.diff(score) <= 1e-6).all()
-
-
-def test_the_hybrid_rewards_equal_brands_and_categories():
-    """score x (1 + .3 share of the path) (1 + .3 of level 2) (1 + share of the brand)"""
-    counts = SimpleNamespace(T=torch.zeros(6, 6), cnt=np.zeros(6, int))
-    counts.T[:2] = 1.0
-    #                 brand, levels: those of items 0 and 1, the history, come first
-    attr = np.array([[1, 0, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0], [1, 0, 2, 2], [0, 0, 1, 3],
-                     [2, 0, 0, 4]])
-    history = Histories(np.array([0, 1]), np.array([0]), np.array([2]))
-    base = (1 + 2 ** -1.5) * 10 ** -0.3
-    of_last, of_first = 2 / 3, 1 / 3  # recency: 1 and 1/2
-    expected = [base * (1 + .3 * of_first) ** 2 * (1 + of_first), base * (1 + of_first),
-                base * (1 + .3 * of_last), base * (1 + .3 * of_first)]
-    found = scores_among(counts, history, np.array([[2, 3, 4, 5]]), attr)[0]
-    assert np.allclose(found, expected)
+def test_candidates_and_evidence_are_those_of_the_loops(made):
+    for name, *cuts in (("train", 3, 2), ("val", 2, 1), ("test", 2, 1)):
+        lists, row = made.lists[name], {}
+        for n, user in enumerate(lists.user.tolist()):
+            row.setdefault(user, []).append(n)
+        fold = None
+        for user, history, target in prefixes(made.sequences, name):
+            if fold != user % FOLDS:
+                fold = user % FOLDS
+                older = plain_counts(made.sequences, cuts[0], fold if name == "train" else None)
+                newer = plain_counts(made.sequences, cuts[1], fold if name != "test" else None)
+            cands = plain_candidates(older, history)
+            place = cands.index(target) if target in cands else -1
+            if name != "train" and place < 0:
+                assert user not in row
+                continue
+            n = row[user].pop(0)
+            assert lists.hist[n].tolist() == (history[::-1] + [-1] * HIST)[:HIST]
+            assert lists.cands[n].tolist() == cands and lists.target[n] == place
+            assert np.allclose(lists.score[n], plain_scores(newer, history)[cands], atol=1e-6)
+            for c, expected in enumerate(plain_evidence(newer, history, cands)):
+                level = min(7, max(0, expected.pop("link")))
+                assert abs(int(lists.evidence["link"][n, c]) - level) <= 0.501
+                assert all(lists.evidence[f][n, c] == value for f, value in expected.items())
+        assert not any(row.values())
 
 
 # --- Interventions: a later item changes nothing before it ------------------------------------
-
-def replaced(sequences, position):
-    """The sequences with another item at position[user], one that the user does not have."""
-    out = list(sequences)
-    for user, at in position.items():
-        items = sequences[user].tolist()
-        new = items[at]
-        while new in items:
-            new = (new + 1) % 150  # the number of items
-        items[at] = new
-        out[user] = np.array(items)
-    return out
-
 
 def same_prompts(before, after, rows=slice(None)):
     before, after = before.take(rows), after.take(rows)
@@ -237,324 +145,298 @@ def same_prompts(before, after, rows=slice(None)):
             and all((before.evidence[f] == after.evidence[f]).all() for f in FIELDS))
 
 
-def in_list(made, split, fold=None):
-    """user -> another candidate of the user's list in validation or test."""
-    lists = made.lists[split]
-    users = {}
-    for user, cands, target in zip(lists.user.tolist(), lists.cands, lists.target):
-        if fold in (None, user % FOLDS):
-            users[user] = cands[(target + 1 + user % (K - 1)) % K]
-    return users
+def after(made, changes):
+    """The Lists after users took other items: changes {user: (place in the sequence, item)}."""
+    sequences = list(made.sequences)
+    for user, (place, item) in changes.items():
+        sequences[user] = sequences[user].copy()
+        sequences[user][place] = item
+    return split(prepare(sequences, made.items))
 
 
-def test_a_test_target_changes_no_prompt(made):
-    changed = list(made.sequences)
-    for user, item in in_list(made, "test").items():
-        changed[user] = np.append(changed[user][:-1], item)
-    after = dict(zip(SPLITS, prepare(changed, made.items)))
-    assert all(same_prompts(made.lists[split], after[split]) for split in SPLITS)
-    assert (made.lists["test"].target != after["test"].target).all()
+def other_targets(lists, place, rows):
+    """Another candidate of the list is the target: changes of the users of some rows."""
+    changes = {}
+    for row in np.flatnonzero(rows):
+        other = (lists.target[row] + 1 + row % (K - 1)) % K
+        changes[lists.user[row]] = place, lists.cands[row, other]
+    return changes
 
 
-@pytest.mark.parametrize("fold", [1, 12])
-def test_a_validation_target_changes_no_prompt_of_training_and_not_the_users_own(made, fold):
-    changed = list(made.sequences)
-    users = in_list(made, "val", fold)
-    for user, item in users.items():
-        changed[user] = changed[user].copy()
-        changed[user][-2] = item
-    after = dict(zip(SPLITS, prepare(changed, made.items)))
-    assert len(users) > 2 and same_prompts(made.lists["train"], after["train"])
-    own = np.isin(made.lists["val"].user, list(users))
-    assert same_prompts(made.lists["val"], after["val"], own)
-    assert (made.lists["val"].target != after["val"].target)[own].all()
-    assert not same_prompts(made.lists["val"], after["val"])  # others' may: they count it
+def test_no_target_is_known_to_a_prompt_before_it(made):
+    train, val, test = (made.lists[name] for name in SPLITS)
+    new = after(made, other_targets(test, -1, test.user >= 0))
+    assert all(same_prompts(made.lists[name], new[name]) for name in SPLITS)
+    assert (new["test"].target != test.target).all()
+
+    length = [len(history) for _, history, _ in prefixes(made.sequences, "train")]
+    for fold in (0, 7, 19):  # users of one fold: others may count the new items
+        own = val.user % FOLDS == fold
+        new = after(made, other_targets(val, -2, own))
+        assert same_prompts(train, new["train"]) and same_prompts(val, new["val"], own)
+        assert (new["val"].target != val.target)[own].all() and own.sum() > 2
+        assert not same_prompts(val, new["val"])
+
+        changes = {}
+        for user in range(fold, len(made.sequences), FOLDS):
+            items = made.sequences[user]
+            place = len(items) - 3 - user // FOLDS % 2
+            changes[user] = place, next(i for i in range(7 * user % 100, 150) if i not in items)
+        new = after(made, changes)["train"]
+        before = [n <= changes.get(u, (0,))[0] for u, n in zip(train.user.tolist(), length)]
+        assert sum(before) > 20 and same_prompts(train, new, np.array(before))
+        assert not same_prompts(train, new)
 
 
-@pytest.mark.parametrize("fold", [0, 7, 19])
-def test_a_training_target_changes_no_prompt_before_it(made, fold):
-    users = range(fold, len(made.sequences), FOLDS)
-    last = {user: len(made.sequences[user]) - 3 for user in users}
-    some = {user: 1 + user // FOLDS % at for user, at in last.items()}
-    train = made.lists["train"]
-    length = np.array([len(h) for h, *_ in histories(train, made.sequences, "train")])
-    for position in (last, some):
-        after = prepare(replaced(made.sequences, position), made.items)[0]
-        before = np.array([n <= position.get(user, 0) for user, n in zip(train.user, length)])
-        assert before.sum() > 20 and same_prompts(train, after, before)
-        assert not same_prompts(train, after)  # it is counted for the others
-
-
-def test_the_writer_never_learns_a_target_of_the_users_that_it_writes_for(made, monkeypatch):
-    monkeypatch.setattr(writer, "EPOCHS", 2)
-    train = merged(made)[0]
-    scores = train.take(slice(None))
-    writer.write_scores(scores)
-    for group in (0, 3):
-        own = train.user % writer.GROUPS == group
-        changed = train.take(slice(None))
-        changed.target = np.where(own & (train.target >= 0), (train.target + 1) % K, train.target)
-        writer.write_scores(changed)
-        assert (changed.score[own] == scores.score[own]).all()
-        assert (changed.score[~own] != scores.score[~own]).any(1).mean() > 0.9
-
-
-def test_all_networks_write_for_validation_and_test_and_the_writer_has_learned(made):
+def test_the_writer_learns_but_never_a_target_of_the_users_that_it_writes_for(made, monkeypatch):
+    monkeypatch.setattr(writer, "EPOCHS", 4)
     train, val, test = merged(made)
+    changed = train.take(slice(None))
+    own = train.user % writer.GROUPS == 3
+    changed.target = np.where(own & (train.target >= 0), (train.target + 1) % K, train.target)
     writer.write_scores(train, val, test)
-    networks = writer.fit_writer(train)
-    with torch.no_grad():
-        for lists in (val, test):
-            scores = networks.score(writer.one_hot(lists.evidence, slice(None))).mean(0).numpy()
-            assert np.allclose(lists.score, scores, atol=1e-5)
+    writer.write_scores(changed)
+    assert (changed.score[own] == train.score[own]).all()
+    assert (changed.score[~own] != train.score[~own]).any(1).mean() > 0.9
     for lists in (train.take(train.target >= 0), val, test):
-        place = (lists.score > np.take_along_axis(lists.score, lists.target[:, None], 1)).sum(1)
+        of_target = np.take_along_axis(lists.score, lists.target[:, None], 1)
+        place = (lists.score > of_target).sum(1)
         assert place.mean() < lists.target.mean()  # better than the incoming order
+    assert "too small to learn from" in refused(writer.fit_writer, train.take(own))
 
 
-def test_a_network_without_examples_in_a_batch_learns_nothing_from_it(made, monkeypatch):
-    """Whole batches are of one group: 0 / 0 must not spread."""
-    monkeypatch.setattr(writer, "BATCH", 16)
-    train = merged(made)[0]
-    rows = np.flatnonzero((train.target >= 0) & (train.user % writer.GROUPS < 2))
-    one = rows[train.user[rows] % writer.GROUPS == 1][:1]
-    few = train.take(np.concatenate((rows[train.user[rows] % writer.GROUPS == 0][:500], one)))
-    writer.write_scores(few)
-    assert np.isfinite(few.score).all()
-    with pytest.raises(UserError, match="too small to learn from"):
-        writer.fit_writer(few.take(slice(-1)))
+# --- Prompts and traces -----------------------------------------------------------------------
+
+def test_rare_combinations_become_their_nearest_frequent_ones(made):
+    for name, fields in STATED.items():
+        def pairs(lists):
+            return list(zip(*(lists.evidence[f].ravel().tolist() for f in fields)))
+
+        seen = Counter(pairs(made.lists["train"]))
+        frequent = [pair for pair, n in seen.items() if n * RARE >= seen.total()]
+        for before, rounded in zip(made.lists.values(), merged(made)):
+            for old, new in set(zip(pairs(before), pairs(rounded))):
+                far = {pair: sum(abs(x - y) for x, y in zip(old, pair)) for pair in frequent}
+                assert far[new] == min(far.values())
 
 
-# --- Rare combinations, tokens ----------------------------------------------------------------
-
-def merged(made):
-    """Copies of the three Lists, with rare combinations rounded as for training."""
-    lists = [made.lists[split].take(slice(None)) for split in SPLITS]
-    nearest = rare(lists[0])
-    for part in lists:
-        merge_rare(part, nearest)
-    return lists
-
-
-def test_rare_combinations_become_their_nearest_frequent_neighbours():
-    rng = np.random.default_rng(0)
-
-    def lists(n):
-        evidence = {f: rng.integers(0, size, (n, K)).astype(np.uint8) for f, size in FIELDS.items()}
-        return Lists(None, None, None, None, evidence)
-
-    train, other = lists(3000), lists(50)
-    for name, value in (("link", 6), ("via", 1)):  # all but a few statements agree
-        train.evidence[name][20:] = value
-    train.evidence["link"][:20], train.evidence["via"][:20] = 0, 5
-    train.evidence["link"][0, 0], train.evidence["via"][0, 0] = 7, 2  # once: rare
-    before = {f: v.copy() for f, v in train.evidence.items()}
-    nearest = rare(train)
-    for part in (train, other):
-        merge_rare(part, nearest)
-    pairs = set(zip(train.evidence["link"].ravel(), train.evidence["via"].ravel()))
-    assert pairs == {(6, 1), (0, 5)}
-    assert (train.evidence["link"][0, 0], train.evidence["via"][0, 0]) == (6, 1)
-    pairs = np.stack((other.evidence["link"], other.evidence["via"])).reshape(2, -1)
-    assert set(map(tuple, pairs.T.tolist())) <= {(6, 1), (0, 5)}
-    shared = {f for fields in STATED.values() if len(fields) > 1 for f in fields}
-    assert all((train.evidence[f] == before[f]).all() for f in FIELDS if f not in shared)
+def told(prompt):
+    """The trace that follows from the words of a prompt, by plain rules."""
+    at = prompt.index("<candidates>")
+    words = [word for word in prompt[1:at] if word != "<last>"][::-1]  # most recent first
+    paths, categories, brands = words[0::3], words[1::3], words[2::3]
+    trace = ["<profile>", max(brands, key=brands.count), max(categories, key=categories.count)]
+    for i in range(at + 1, len(prompt), 6):
+        label, brand, category, path, *copied = prompt[i:i + 6]
+        if label == "<none>":
+            trace += prompt[i:i + 6]
+            continue
+        n = min(3, brands.count(brand))
+        match = f"{n}{'+' * (n == 3)}{',last' * (brand == brands[0])}"
+        depth = sum((category.split()[1] == categories[0].split()[1],  # Top 1 > Mid 2
+                     category == categories[0], path == paths[0]))
+        trace += [label, f"brand:{'unknown' if brand == 'b?' else match}", f"depth:{depth}",
+                  f"leaf:{min(3, paths.count(path))}", *copied]
+    return trace
 
 
-BRAND = ["unknown", "0", "1", "1,last", "2", "2,last", "3+", "3+,last"]
-
-
-def plain_text(history, candidates, evidence, items, width):
-    """Prompt and trace in words. history: the items shown, oldest first; evidence: a dict a
-    candidate."""
-    brands, paths = {}, {}
-
-    def show(item):
-        brand, path = items[item]
-        number = f"b{brands.setdefault(brand, len(brands) + 1)}" if brand else "b?"
-        return [number, " > ".join(path[:2]), f"p{paths.setdefault(path, len(paths) + 1)}"]
-
-    shown = [show(item) for item in history]
-    prompt = ["<history>", *sum(shown[:-1], []), "<last>", *shown[-1], "<candidates>"]
-    trace = ["<profile>"]
-    for column in (0, 1):  # the most frequent; of several the one shown last
-        seen = [item[column] for item in shown][::-1]
-        trace.append(max(seen, key=seen.count))
-    for n, (item, e) in enumerate(zip(candidates, evidence), 1):
-        copied = [f"link:{e['link']},{e['via']}", f"co:{e['co']},{e['links']},{e['pop']}"]
-        prompt += [f"L{n}", *show(item), *copied]
-        trace += [f"L{n}", f"brand:{BRAND[e['brand']]}", f"depth:{e['depth']}", f"leaf:{e['leaf']}",
-                  *copied]
-    empty = ["<none>"] * 6 * (width - len(candidates))
-    return prompt + empty, trace + empty
-
-
-@pytest.mark.parametrize("width", [K, 7])
-def test_prompts_and_traces_are_what_one_would_write_by_hand(made, width):
-    words = beauty_words(made.items, 20)
+def test_prompts_show_the_evidence_and_traces_follow_from_prompts(made):
+    words, said = beauty_words(made.items, 20), set()
     assert len(set(words)) == len(words)
-    several = short = 0  # profiles that a tie decides, histories shorter than 8
-    for split, lists in zip(SPLITS, merged(made)):
+    rng = np.random.default_rng(1)
+    for width, lists in itertools.product((K, 7), merged(made)):
         n = len(lists.user)
-        lists.score = np.random.default_rng(1).integers(4, size=(n, K)).astype(float)
-        length = np.random.default_rng(2).integers(width // 2, width + 1, n)
+        lists.score = rng.integers(4, size=(n, K)).astype(float)
+        length = rng.integers(width // 2, width + 1, n)
         tokens = tokenize(lists, made.items, words, length, width)
-        assert (tokens.list_length == length).all()
-        for row in range(n):
-            history = [item for item in lists.hist[row, ::-1].tolist() if item >= 0]
-            evidence = [{f: int(v[row, c]) for f, v in lists.evidence.items()}
-                        for c in range(length[row])]
-            cands = lists.cands[row, :length[row]].tolist()
-            prompt, trace = plain_text(history, cands, evidence, made.items, width)
-            assert [words[t] for t in tokens.prompt[row] if t != PAD] == prompt
-            assert [words[t] for t in tokens.trace[row] if t != PAD] == trace
-            score = lists.score[row]
-            best = sorted(range(length[row]), key=lambda c: -score[c])
-            assert tokens.order[row].tolist() == best + [-1] * (width - length[row])
+        for row in range(0, n, 3):
+            prompt = [words[t] for t in tokens.prompt[row] if t != PAD]
+            trace = [words[t] for t in tokens.trace[row] if t != PAD]
+            assert trace == told(prompt)
+            said.update(trace)
+            at = prompt.index("<candidates>")
+            history = [item for item in lists.hist[row, ::-1] if item >= 0]
+            items = history + lists.cands[row, :length[row]].tolist()
+            categories = [word for word in prompt if word.startswith("Top")]
+            assert categories == [" > ".join(made.items[item][1][:2]) for item in items]
+            for c in range(length[row]):
+                e = {name: values[row, c] for name, values in lists.evidence.items()}
+                assert prompt[at + 6 * c + 1] == f"L{c + 1}"
+                assert prompt[at + 6 * c + 5] == f"link:{e['link']},{e['via']}"
+                assert prompt[at + 6 * c + 6] == f"co:{e['co']},{e['links']},{e['pop']}"
+            rest = [-1] * (width - length[row])
+            best = sorted(range(length[row]), key=lambda c: -lists.score[row, c])
+            assert tokens.order[row].tolist() == best + rest
+            assert tokens.incoming[row].tolist() == sorted(best) + rest
             target = lists.target[row]
             assert tokens.target[row] == (target if target < length[row] else -1)
-            there = [c if c < length[row] else -1 for c in range(width)]
-            assert tokens.incoming[row].tolist() == there
-            seen = [made.items[item][0] for item in history]
-            most = max(map(seen.count, seen))
-            several += len({b for b in seen if seen.count(b) == most}) > 1
-            short += len(history) < HIST
-    assert several > 100 and short > 100
+    # That the rules have met what they are to tell apart.
+    assert {f"brand:{x}" for x in ("unknown", "0", "1", "1,last", "2", "3+,last")} <= said
+    assert {f"leaf:{i}" for i in range(4)} | {"depth:0", "depth:2", "depth:3"} <= said
 
 
 # --- The world --------------------------------------------------------------------------------
 
-def settings(folder, *options):
-    return parse_args("", ["--config", "small", "--data_dir", str(folder), "--run_dir",
-                           str(folder / "runs"), *options])
+def world_of(folder, **settings):
+    return beauty_world(Config(**{**PRESETS["small"], "config": "small", "data_dir": str(folder),
+                                  "run_dir": str(folder / "runs"), **settings}))
 
 
 def equal(a, b):
-    return all((getattr(a, f) == getattr(b, f)).all() for f in a.__dataclass_fields__)
+    return all(np.array_equal(x, y) for x, y in zip(vars(a).values(), vars(b).values()))
 
 
-def test_the_world_is_kept_and_its_checksum_is_that_of_the_data(tmp_path, monkeypatch):
+def same_world(a, b):
+    return (a.words == b.words and a.notes == b.notes and a.checksum == b.checksum
+            and np.array_equal(a.references[FRESH], b.references[FRESH])
+            and all((a.nearest[name] == b.nearest[name]).all() for name in STATED)
+            and all(equal(getattr(a, name), getattr(b, name)) for name in SPLITS))
+
+
+def test_the_world_is_kept_and_refused_when_a_setting_or_the_data_changes(tmp_path, monkeypatch):
     make_beauty(tmp_path, n_users=120)
-    first = beauty_world(settings(tmp_path))
-    monkeypatch.setattr(beauty.world, "prepare", None)  # not needed again
-    again = beauty_world(settings(tmp_path))
-    assert all(equal(getattr(first, split), getattr(again, split)) for split in SPLITS)
-    assert first.words == again.words and first.notes == again.notes
-    assert (first.references[FRESH] == again.references[FRESH]).all()
-    assert len(first.references[FRESH]) == len(first.test) and first.source == "prepared files"
-    assert all((first.nearest[name] == again.nearest[name]).all() for name in STATED)
-    monkeypatch.undo()
-
-    fewer = beauty_world(settings(tmp_path, "--n_test", "3", "--n_val", "2", "--n_train", "50"))
-    assert (len(fewer.test), len(fewer.val), len(fewer.train)) == (3, 2, 50)
-    width = fewer.test.prompt.shape[1]  # fewer rows may need fewer columns
-    assert (fewer.test.prompt == first.test.prompt[:3, -width:]).all()
-    assert (fewer.val.order == first.val.order[:2]).all()
-    assert fewer.checksum == first.checksum == again.checksum
-
-    text = (tmp_path / "sequences.txt").read_text()
-    lines = text.splitlines()
-    user, *items = lines[5].split()
-    lines[5] = " ".join([user, *items[::-1]])
-    (tmp_path / "sequences.txt").write_text("\n".join(lines) + "\n")
-    other = beauty_world(settings(tmp_path))
-    assert other.checksum != first.checksum and not equal(other.train, first.train)
-    (tmp_path / "sequences.txt").write_text(text)
-    table = (tmp_path / "items.tsv").read_text()
-    (tmp_path / "items.tsv").write_text(table.replace("Brand 3\t", "Brand Z\t"))
-    assert beauty_world(settings(tmp_path)).checksum not in (first.checksum, other.checksum)
-
-
-def rows_of(split):
-    """Each user of a Split as one value that can be compared."""
-    for n in range(len(split)):
-        words = [t for t in split.prompt[n].tolist() if t != PAD]
-        yield (words, split.trace[n].tolist(), split.order[n].tolist(), int(split.target[n]))
+    first = world_of(tmp_path)
+    assert len(first.references[FRESH]) == len(first.test) > 5
+    for part in (first.train, first.val, first.test):
+        assert parse_answers(part.response, part.incoming).valid.all()
+        assert (faithfulness(part.response, part.trace, first.n_labels) == 1).all()
+    with monkeypatch.context() as patch:
+        patch.setattr("beauty.world.make_world", None)  # it is not needed again
+        assert same_world(world_of(tmp_path), first)
+    kept = tmp_path / "runs" / "small" / "world.pt"
+    content = kept.read_bytes()
+    for settings in (
+            dict(n_train=50), dict(n_val=2), dict(n_test=3), dict(n_candidates=8),
+            dict(vary_lists=0.0), dict(world="beauty_expert"), dict(world="beauty_target")):
+        kept.write_bytes(content)
+        other = world_of(tmp_path, **settings)
+        assert not same_world(other, first) and other.checksum == first.checksum
+        if "n_train" in settings:  # the hits come before the others
+            assert len(other.train) == 50 < first.notes["train_hits"]
+            assert (other.train.target >= 0)[other.train.list_length == K].all()
+    for name, old, new in (("sequences.txt", "\n7 ", "\n7 1 "), ("items.tsv", "Brand 3\t", "Z\t")):
+        path = tmp_path / name
+        text = path.read_text()
+        path.write_text(text.replace(old, new))
+        kept.write_bytes(content)
+        assert world_of(tmp_path).checksum != first.checksum
+        path.write_text(text)
+    assert same_world(world_of(tmp_path), first)
+    with open(tmp_path / "sequences.txt", "a") as file:
+        file.write("121 1 2\n")
+    assert world_of(tmp_path).notes["skipped_users"] == first.notes["skipped_users"] + 1
 
 
-def test_the_world_is_made_of_these_parts(tmp_path):
-    make_beauty(tmp_path, n_users=120)
-    world = beauty_world(settings(tmp_path, "--vary_lists", "0"))
-    sequences, items, *_ = read_beauty(str(tmp_path))
-    made = SimpleNamespace(lists=dict(zip(SPLITS, prepare(sequences, items))))
-    parts = merged(made)
-    writer.write_scores(*parts)
-    for split, lists in zip(SPLITS, parts):
-        length = np.full(len(lists.user), K)
-        expected = list(rows_of(tokenize(lists, items, world.words, length, K)))
-        found = list(rows_of(getattr(world, split)))
-        if split == "train":  # shuffled
-            expected.sort(), found.sort()
-        assert found == expected
-
-
-def test_training_has_all_hits_before_others(tmp_path):
-    make_beauty(tmp_path, n_users=120)
-    world = beauty_world(settings(tmp_path))
-    n_hits, n = world.notes["train_hits"], world.notes["train_examples"]
-    assert 20 < n_hits < n == len(world.train) and world.notes["test_hits"] == len(world.test)
-    few = beauty_world(settings(tmp_path, "--n_train", str(n_hits), "--vary_lists", "0"))
-    assert len(few.train) == n_hits and (few.train.target >= 0).all()
-
-
-def test_the_hybrid_is_another_world(tmp_path):
-    make_beauty(tmp_path, n_users=120)
-    plain = beauty_world(settings(tmp_path))
-    hybrid = beauty_world(settings(tmp_path, "--world", "beauty_hybrid"))
-    assert hybrid.notes != plain.notes and hybrid.words == plain.words
-
-
-@pytest.mark.parametrize("data, expected", [
-    (dict(n_items=39, n_groups=3), "too small: of its 39 items a user has up to 8"),
-    (dict(n_items=47, n_groups=3), "too small: of its 47 items a user has up to 8"),
-    (dict(n_users=19), "too small: 19 users with 3 or more items"),
-    (dict(per_user=3), "too small: no list of train has its target"),
-    (dict(n_users=20, per_user=4), "too small"),
-])
-def test_data_smaller_than_our_constants_is_refused(tmp_path, data, expected):
-    make_beauty(tmp_path, **{"n_users": 60, **data})
-    with np.errstate(all="raise"), pytest.raises(UserError, match=expected) as found:
-        beauty_world(settings(tmp_path))
-    assert "\n" not in str(found.value) and "--data_dir" in str(found.value)
-
-
-def test_the_smallest_data_that_is_not_refused_makes_a_world(tmp_path):
-    make_beauty(tmp_path, n_users=60, n_items=48, n_groups=3)
-    assert len(beauty_world(settings(tmp_path)).test) > 0
-
-
-def test_data_larger_than_the_memory_is_refused():
-    with pytest.raises(UserError, match=r"1000000 items take 16000.0 GB, and this machine has"):
-        check_size([np.arange(5)] * FOLDS, 10 ** 6)
-
-
-def test_categories_that_cannot_be_words_are_refused():
-    for name in ("b1", "L20", "[PAD]", "depth:0"):
-        with pytest.raises(UserError, match="is a word that prompts use otherwise"):
-            beauty_words([("", ("Nails",)), ("", (name,))], 20)
-    items = [("", (f"A{i}", "B")) for i in range(40_000)]
-    with pytest.raises(UserError, match="use coarser categories"):
-        beauty_words(items, 20)
-
-
-def test_lists_longer_than_ten_are_refused(tmp_path):
+def test_other_ids_give_the_same_world_and_numbers_are_shuffled(tmp_path):
     make_beauty(tmp_path, n_users=60)
-    with pytest.raises(UserError, match="--n_candidates can be at most 10, not 12"):
-        beauty_world(settings(tmp_path, "--n_candidates", "12"))
+    first = world_of(tmp_path)
+    *_, names = read_beauty(str(tmp_path))
+    ids = [int(name) for name in names if name.isdigit()]
+    assert abs(np.corrcoef(ids, [names[str(i)] for i in ids])[0, 1]) < 0.2
+    lines = (tmp_path / "sequences.txt").read_text().splitlines()
+    other = [" ".join(f"x{1009 - int(i)}" for i in line.split()) for line in lines]
+    (tmp_path / "sequences.txt").write_text("\n".join(other) + "\n")
+    table = (tmp_path / "items.tsv").read_text()
+    table = re.sub(r"(?m)^(\d+)\tA(\d+)", lambda m: f"x{1009 - int(m[1])}\tB{m[2]}", table)
+    (tmp_path / "items.tsv").write_text(table)
+    assert same_world(world_of(tmp_path, run_dir=str(tmp_path / "other")), first)
 
 
-def test_an_expert_gives_points_by_hand_and_the_target_comes_first_where_it_is_told(made):
-    expert, told = (written_lists(made.sequences, made.items, Config(world=f"beauty_{kind}"))[:3]
-                    for kind in ("expert", "target"))
-    for lists, best in zip(expert, told):
-        for n in range(0, len(lists.user), 7):
-            e, k = lists.evidence, lists.score[n]
-            points = [int(e["link"][n, c]) + int(e["brand"][n, c]) + int(e["depth"][n, c])
-                      for c in range(K)]
-            order = sorted(range(K), key=lambda c: (-points[c], c))
-            assert np.argsort(-k, kind="stable").tolist() == order
-            target = best.target[n]
-            if target >= 0:
-                order = [target] + [c for c in order if c != target]
-            assert np.argsort(-best.score[n], kind="stable").tolist() == order
-        assert (best.target >= 0).any()
+def test_an_expert_gives_points_by_hand_and_the_target_comes_first_where_it_is_told(tmp_path):
+    make_beauty(tmp_path, n_users=120)
+    expert, target = (world_of(tmp_path, world=f"beauty_{name}") for name in ("expert", "target"))
+    for a, b in ((expert.train, target.train), (expert.test, target.test)):
+        for n in range(len(a)):
+            words = [expert.words[token] for token in a.trace[n][3:]]
+            points = {}
+            for label in range(a.list_length[n]):
+                brand, depth, _, link = words[6 * label + 1:6 * label + 5]
+                link = link.removeprefix("link:").split(",")[0]
+                points[label] = BRAND_MATCH.index(brand) + int(depth[-1]) + int(link)
+            order = sorted(points, key=lambda label: (-points[label], label))
+            assert a.order[n][:len(order)].tolist() == order
+            if b.target[n] >= 0:
+                order.sort(key=lambda label: label != b.target[n])
+            assert b.order[n][:len(order)].tolist() == order
+
+
+# --- Files ------------------------------------------------------------------------------------
+
+HEADER, ITEM = "item_id\tasin\tbrand\tcategories", "1\tA1\tOPI\tNails > Polish"
+
+
+def refused(function, *args, **settings):
+    """The sentence with which a function refuses."""
+    with pytest.raises(UserError) as found, np.errstate(all="raise"):
+        function(*args, **settings)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+def test_bad_files_are_refused_in_one_sentence(tmp_path):
+    items, sequences = f"{HEADER}\n{ITEM}\n2\tA2\t\tB\n", "7 1 2 1\n"
+
+    def read(items, sequences):
+        for name, content in (("items.tsv", items), ("sequences.txt", sequences)):
+            (tmp_path / name).write_bytes(content.encode("latin-1"))
+        return read_beauty(str(tmp_path))
+
+    assert "items.tsv (No such file" in refused(read_beauty, str(tmp_path / "none"))
+    for bad, expected in (
+            ("", "items.tsv is empty"),
+            (f"{ITEM}\n", "items.tsv, line 1: expected the header"),
+            (f"{HEADER}\n1\tA1\tOPI\n", "line 2: expected item_id <tab> asin"),
+            (f"{HEADER}\n{ITEM} >  > x\n", "line 2: expected item_id"),
+            (f"{HEADER}\n\tA1\tOPI\tB\n", "line 2: expected item_id"),
+            (f"{HEADER}\n{ITEM}\n1\tA2\t\tB\n", "line 3: 1 is there twice"),
+            (f"{HEADER}\n{ITEM}\n2\tA1\t\tB\n", "line 3: A1 is there twice"),
+            (f"{HEADER}\n{ITEM}\n2\t1\t\tB\n", "line 3: 1 is there twice"),
+            (f"{HEADER}\n{ITEM}\xe9\n", "is no UTF-8 text")):
+        assert expected in refused(read, bad, sequences)
+    for bad, expected in (
+            ("", "sequences.txt is empty"),
+            ("7 1 2\n8\n", "line 2: expected a user id"),
+            ("7 1 2\n\n", "line 2: expected a user id"),
+            ("7 1 2\n8 1 3\n", "line 2: items.tsv lacks the item '3'"),
+            ("7 1 2\n7 1 2\n", "line 2: the user 7 is there twice"),
+            ("7 1 2\n", "has no user with 3 or more items")):
+        assert expected in refused(read, items, bad)
+    found, known, n_skipped, names = read(items, sequences + "8 1\n9 2 1 1\n")
+    assert sorted(known) == [("", ("B",)), ("OPI", ("Nails", "Polish"))] and n_skipped == 1
+    assert names["1"] == names["A1"] == 1 - names["2"]
+    expected = [[names[i] for i in ids] for ids in ("121", "211")]
+    assert sorted(map(list, found)) == sorted(expected)
+
+
+def test_data_that_does_not_fit_is_refused_in_one_sentence(tmp_path):
+    for data in (dict(n_items=39, n_groups=3), dict(n_users=19), dict(per_user=3),
+                 dict(n_users=20, per_user=4)):
+        make_beauty(tmp_path, **{"n_users": 60, **data})
+        assert "too small" in refused(world_of, tmp_path)
+    assert "--n_candidates can be at most 10" in refused(world_of, tmp_path, n_candidates=12)
+    assert "too large" in refused(check_size, [np.arange(5)] * FOLDS, MOST_ITEMS + 1)
+    for name in ("b1", "L20", "[PAD]", "depth:0"):
+        assert "that prompts use otherwise" in refused(beauty_words, [("", (name,))], 20)
+    many = [("", (f"A{i}", "B")) for i in range(40_000)]
+    assert "use coarser categories" in refused(beauty_words, many, 20)
+
+
+def test_raw_files_are_converted(tmp_path, monkeypatch):
+    def raw(name, lines):
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+
+    reviews = [("U", "Q", 2), ("V", "P", 1), ("U", "P", 1), ("U", "R", 2)]
+    raw("reviews_Beauty_5.json.gz", [
+        f'{{"reviewerID": "{user}", "asin": "{asin}", "unixReviewTime": {day}}}'
+        for user, asin, day in reviews])
+    metas = [{"asin": asin, "brand": "O&amp;I" if asin < "S" else "rare",
+              "categories": [["Beauty", "Skin\tCare"], ["Beauty", f"Only {asin}"]]}
+             for asin in "PQTUVW"]
+    raw("meta_Beauty.json.gz", map(repr, metas))
+    monkeypatch.setattr(convert, "MIN_SEEN", 2)
+    convert.main(str(tmp_path))
+    # By day; reviews of one day stay as they are in the file.
+    assert (tmp_path / "sequences.txt").read_text() == "1 1 2 3\n2 1\n"
+    assert (tmp_path / "items.tsv").read_text().splitlines() == [
+        HEADER, "1\tP\tO&I\tSkin Care", "2\tQ\tO&I\tSkin Care", "3\tR\t\tUnknown"]

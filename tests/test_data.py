@@ -1,21 +1,25 @@
-"""Invariants of data.py and toy/world.py: reading answers and traces, the toy world, its oracle."""
+"""Invariants of data.py and toy/world.py: examples, answers and traces, the toy world, its oracle."""
 import itertools
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 
 import toy.world
 from config import Config
-from data import (ANSWER, EOS, LABEL, MASK, PAD, PROFILE, Split, draw_list_lengths, faithfulness,
-                  pack, parse_answers, responses, tensors)
-from toy.world import (TOY_EXPERT, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_examples,
-                       toy_oracle, toy_split, toy_users, toy_words, toy_world)
+from conftest import gen
+from data import (ANSWER, EOS, LABEL, MASK, PAD, PROFILE, Examples, Split, answer_labels, as_prompt,
+                  draw_examples, draw_list_lengths, draw_rows, examples_of, faithfulness, in_answer,
+                  joined, pack, parse_answers, responses, tensors, token_weights)
+from toy.world import (TOY_EXPERT, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_oracle, toy_split,
+                       toy_world)
 
 CFG = Config(n_train=300, n_val=50, n_test=1500, vary_lists=0.5)
-SPLITS = ("train", "val", "test")
+K = CFG.n_candidates
 L1, L2, L3, L4, L5 = range(LABEL, LABEL + 5)
 WORD = LABEL + 40  # some word of a trace
+A, B = WORD, WORD + 1
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def world():
 
 
 def splits_of(world):
-    return [getattr(world, name) for name in SPLITS]
+    return [world.train, world.val, world.test]
 
 
 def text(world, tokens):
@@ -36,40 +40,112 @@ def same(a, b):
     return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Split))
 
 
+# --- Examples ---------------------------------------------------------------------------------
+
+def test_padding_moves_and_the_order_stays():
+    tokens = np.array([[3, PAD, 5, PAD, PAD], [PAD, 6, PAD, 7, 4], [PAD, PAD, 9, PAD, PAD]])
+    assert pack(tokens, left=True).tolist() == [[PAD, 3, 5], [6, 7, 4], [PAD, PAD, 9]]
+    assert pack(tokens, left=False).tolist() == [[3, 5, PAD], [6, 7, 4], [9, PAD, PAD]]
+
+
+def test_the_examples_that_users_give_by_hand():
+    prompt = np.array([[PAD, 3, 4], [3, 4, 5]], np.int16)
+    trace = np.array([[PROFILE, A, PAD], [PROFILE, A, B]], np.int16)
+    order = np.array([[1, 0, -1], [2, 0, 1]], np.int8)
+    split = Split(prompt, trace, order, np.zeros(2, np.int8), order)
+    whole = [[PROFILE, A, ANSWER, L2, L1, EOS, PAD, PAD], [PROFILE, A, B, ANSWER, L3, L1, L2, EOS]]
+    assert responses(trace, order).tolist() == split.response.tolist() == whole
+    free, = examples_of(split, "free")
+    assert free.prompt is prompt and free.response.tolist() == whole
+    first, second = examples_of(split, "bound")
+    assert first.prompt is prompt
+    assert first.response.tolist() == [[PROFILE, A, EOS, PAD], [PROFILE, A, B, EOS]]
+    # The answer is written from the trace alone.
+    assert second.prompt.tolist() == [[PAD, PROFILE, A], [PROFILE, A, B]]
+    assert second.response.tolist() == [[ANSWER, L2, L1, EOS, PAD], [ANSWER, L3, L1, L2, EOS]]
+    assert as_prompt(first.response).tolist() == second.prompt.tolist()
+    again = joined([first.response, second.response])
+    assert pack(again, left=False).tolist() == whole and again.shape == (2, 9)
+    # Something has to be read, even of an empty trace.
+    assert as_prompt(np.array([[EOS, PAD], [A, EOS]])).tolist() == [[EOS], [A]]
+
+
+def test_kinds_of_all_toy_users_join_to_their_responses(world):
+    for split in splits_of(world):
+        kinds = examples_of(split, "bound")
+        whole = pack(joined([kind.response for kind in kinds]), left=False)
+        assert np.array_equal(whole, split.response)
+        assert np.array_equal(as_prompt(kinds[0].response), kinds[1].prompt)
+    for trace in ("free", "bound"):
+        longest = [(x.response != PAD).sum(1).max() for x in examples_of(world.train, trace)]
+        assert world.longest(trace) == longest
+
+
+def test_batches():
+    prompt = np.array([[PAD, PAD, 4, 5], [PAD, 3, 4, 5], [2, 3, 4, 5]], np.int16)
+    examples = Examples(prompt, prompt[:, ::-1])
+    got = tensors(examples, [1, 0], "cpu")
+    assert got[0].tolist() == [[3, 4, 5], [PAD, 4, 5]]            # no columns of padding
+    assert got[1].tolist() == [[5, 4, 3, PAD], [5, 4, PAD, PAD]]  # as wide as it may become
+    rows = np.concatenate([draw_rows(8, 5, gen(seed)) for seed in range(2000)])
+    assert np.abs(np.bincount(rows, minlength=8) / 10000 - 1 / 8).max() < 0.02
+    kinds = [examples.take([0, 1]), examples]
+    for share in (0.0, 0.67, 1.0):
+        drawn = [draw_examples(kinds, 5, share, gen(seed)) for seed in range(1000)]
+        assert abs(np.mean([of is examples for of, _ in drawn]) - share) < 0.05
+        assert all(len(rows) == 5 and rows.max() < len(of) for of, rows in drawn)
+    assert draw_examples(kinds[:1], 5, 1.0, gen())[0] is kinds[0]
+
+
+def test_parts_of_a_response():
+    tokens = torch.tensor([[6, 9, ANSWER, L1, EOS, PAD], [ANSWER, L2, L1, L3, EOS, PAD],
+                           [6, 9, 9, L1, 9, EOS],                  # no answer
+                           [6, ANSWER, ANSWER, EOS, PAD, PAD]])    # two starts
+    assert token_weights(tokens, 4.0).tolist() == [
+        [1, 1, 1, 4, 4, 0], [1, 4, 4, 4, 4, 0], [1] * 6, [1, 1, 4, 4, 0, 0]]
+    assert in_answer(tokens).int().tolist() == [
+        [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0] * 6, [0, 0, 1, 1, 1, 1]]
+    assert answer_labels(tokens).int().tolist() == [
+        [0, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
+
+
 # --- Answers ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("tokens, k, order, flags, trace_tokens", [
-    # flags: valid, duplicated, missing, out of set, identity
-    ([WORD, WORD, ANSWER, L3, L1, L2, EOS], 3, [2, 0, 1, -1], "v", 2),
-    ([ANSWER, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "vi", 0),
-    ([ANSWER, L4, L3, L2, L1, EOS], 4, [3, 2, 1, 0], "v", 0),
-    ([WORD, ANSWER, L2, L1, EOS], 2, [1, 0, -1, -1], "v", 1),
-    # An extra label: a duplicate, but no drop.
-    ([WORD, ANSWER, L2, L2, L1, L3, EOS], 3, [1, 0, 2, -1], "d", 1),
-    # First mentions stay, the missing follow.
-    ([WORD, ANSWER, L3, L2, L3, EOS], 3, [2, 1, 0, -1], "dm", 1),
-    ([WORD, ANSWER, L2, EOS], 3, [1, 0, 2, -1], "m", 1),
-    ([WORD, ANSWER, L1, EOS], 3, [0, 1, 2, -1], "mi", 1),
-    ([WORD, ANSWER, EOS], 3, [0, 1, 2, -1], "mi", 1),
-    # A label beyond the list, a trace word, a second <answer>.
-    ([WORD, ANSWER, L3, L4, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
-    ([WORD, ANSWER, L3, WORD, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
-    ([WORD, ANSWER, L3, ANSWER, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
-    ([WORD, ANSWER, L5, L2, L2, EOS], 3, [1, 0, 2, -1], "dmo", 1),
-    # Complete, but without [EOS].
-    ([WORD, ANSWER, L3, L1, L2], 3, [2, 0, 1, -1], "", 1),
-    # Labels of the trace are no answer.
-    ([WORD, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "mi", 4),
-    ([WORD, L1, L2, L3], 3, [0, 1, 2, -1], "mi", 4),
-    ([EOS], 3, [0, 1, 2, -1], "mi", 0)])
-def test_parse_answers_by_hand(tokens, k, order, flags, trace_tokens):
-    neighbour = [ANSWER, L1, L2, EOS] + [PAD] * 4  # a valid one
-    padded = np.array([tokens + [PAD] * (8 - len(tokens)), neighbour])
-    got = parse_answers(padded, np.where(np.arange(4) < np.array([[k], [2]]), np.arange(4), -1))
-    assert got.order[0].tolist() == order and got.trace_tokens[0] == trace_tokens
-    names = dict(v="valid", d="duplicated", m="dropped", o="out_of_set", i="identity")
-    assert "".join(c for c in "vdmoi" if getattr(got, names[c])[0]) == flags
-    assert got.order[1].tolist() == [0, 1, -1, -1] and got.valid[1] and got.identity[1]
+def test_answers_are_read_and_repaired():
+    for tokens, k, order, flags, trace_tokens in (
+            # flags: valid, duplicated, missing, out of set, identity
+            ([WORD, WORD, ANSWER, L3, L1, L2, EOS], 3, [2, 0, 1, -1], "v", 2),
+            ([ANSWER, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "vi", 0),
+            ([ANSWER, L4, L3, L2, L1, EOS], 4, [3, 2, 1, 0], "v", 0),
+            ([WORD, ANSWER, L2, L1, EOS], 2, [1, 0, -1, -1], "v", 1),
+            # An extra label: a duplicate, but no drop.
+            ([WORD, ANSWER, L2, L2, L1, L3, EOS], 3, [1, 0, 2, -1], "d", 1),
+            # First mentions stay, the missing follow.
+            ([WORD, ANSWER, L3, L2, L3, EOS], 3, [2, 1, 0, -1], "dm", 1),
+            ([WORD, ANSWER, L2, EOS], 3, [1, 0, 2, -1], "m", 1),
+            ([WORD, ANSWER, L1, EOS], 3, [0, 1, 2, -1], "mi", 1),
+            ([WORD, ANSWER, EOS], 3, [0, 1, 2, -1], "mi", 1),
+            # A label beyond the list, a trace word, a second <answer>.
+            ([WORD, ANSWER, L3, L4, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
+            ([WORD, ANSWER, L3, WORD, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
+            ([WORD, ANSWER, L3, ANSWER, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
+            ([WORD, ANSWER, L5, L2, L2, EOS], 3, [1, 0, 2, -1], "dmo", 1),
+            # Complete, but without [EOS].
+            ([WORD, ANSWER, L3, L1, L2], 3, [2, 0, 1, -1], "", 1),
+            # Labels of the trace are no answer; nothing after [EOS] is.
+            ([WORD, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "mi", 4),
+            ([WORD, ANSWER, L2, L1, EOS, L3], 3, [1, 0, 2, -1], "m", 1),
+            ([EOS], 3, [0, 1, 2, -1], "mi", 0),
+            # Between a trace and its answer there may be padding.
+            ([WORD, PAD, PAD, ANSWER, L2, L1, EOS], 2, [1, 0, -1, -1], "v", 1)):
+        neighbour = [ANSWER, L1, L2, EOS] + [PAD] * 4  # a valid one
+        padded = np.array([tokens + [PAD] * (8 - len(tokens)), neighbour])
+        incoming = np.where(np.arange(4) < np.array([[k], [2]]), np.arange(4), -1)
+        got = parse_answers(padded, incoming)
+        assert got.order[0].tolist() == order and got.trace_tokens[0] == trace_tokens
+        names = dict(v="valid", d="duplicated", m="dropped", o="out_of_set", i="identity")
+        assert "".join(c for c in "vdmoi" if getattr(got, names[c])[0]) == flags, tokens
+        assert got.order[1].tolist() == [0, 1, -1, -1] and got.valid[1] and got.identity[1]
 
 
 def test_repair_and_identity_follow_the_incoming_order_of_random_labels():
@@ -84,69 +160,54 @@ def test_repair_and_identity_follow_the_incoming_order_of_random_labels():
 
 # --- Traces -----------------------------------------------------------------------------------
 
-A, B = WORD, WORD + 1
-RULE = [PROFILE, A, B, L1, A, L2, B, L3, A]
+def test_faithfulness_by_hand():
+    rule = [PROFILE, A, B, L1, A, L2, B, L3, A]
+    for trace, score in (
+            (rule, 1),
+            ([], 0),
+            ([PROFILE, A, B], 1 / 4),
+            (rule[:-1], 3 / 4),                             # the last statement is cut short
+            (rule[:-2], 3 / 4),                             # one is missing
+            (rule + [A], 3 / 4),                            # one is too long
+            (rule + [L1, A], 4 / 5),                        # repeated
+            ([PROFILE, A, B, L1, A, L2, B, L2, B], 3 / 4),  # repeated in place of another
+            (rule + [L4, A], 4 / 5),                        # about no candidate, or one too many
+            ([PROFILE, A, B, L1, A, L2, B, L4, A], 3 / 4),
+            ([PROFILE, A, B, L1, A, L2, A, L3, A], 3 / 4),  # false
+            (rule + [L2, A], 4 / 5),                        # true and false
+            ([PROFILE, A, B, L3, A, L2, B, L1, A], 1),      # the order does not matter
+            ([A] + rule, 4 / 5),                            # unreadable words in front
+            ([B, A, L3], 0),
+            (rule + [PROFILE, A, B] * 4, 4 / 8)):
+        for end in ([ANSWER, L2, L1, L3, EOS], [EOS], []):
+            tokens = np.array([trace + end + [PAD] * 3])
+            got = faithfulness(tokens, np.array([rule + [PAD]]), 16)[0]
+            assert got == pytest.approx(score), trace
 
 
-@pytest.mark.parametrize("trace, score", [
-    (RULE, 1),
-    ([], 0),
-    ([PROFILE, A, B], 1 / 4),
-    (RULE[:-1], 3 / 4),                             # the last statement is cut short
-    (RULE[:-2], 3 / 4),                             # one is missing
-    (RULE + [A], 3 / 4),                            # one is too long
-    (RULE + [L1, A], 4 / 5),                        # repeated
-    ([PROFILE, A, B, L1, A, L2, B, L2, B], 3 / 4),  # repeated in place of another
-    (RULE + [L4, A], 4 / 5),                        # about no candidate, or one too many
-    ([PROFILE, A, B, L1, A, L2, B, L4, A], 3 / 4),
-    ([PROFILE, A, B, L1, A, L2, A, L3, A], 3 / 4),  # false
-    (RULE + [L2, A], 4 / 5),                        # true and false
-    ([PROFILE, A, B, L3, A, L2, B, L1, A], 1),      # the order does not matter
-    ([A] + RULE, 4 / 5),                            # unreadable words in front
-    ([B, A, L3], 0),
-    (RULE + [PROFILE, A, B] * 4, 4 / 8)])
-@pytest.mark.parametrize("end", [[ANSWER, L2, L1, L3, EOS], [EOS], []])
-def test_faithfulness_by_hand(trace, score, end):
-    tokens = np.array([trace + end + [PAD] * 3])
-    assert faithfulness(tokens, np.array([RULE + [PAD]]), 16)[0] == pytest.approx(score)
-
-
-def test_reference_responses_are_valid_and_faithful(world):
+def test_reference_responses_are_valid_and_faithful_and_no_token_of_a_trace_may_differ(world):
     for split in splits_of(world):
-        tokens = responses(split.trace, split.order)
-        answers = parse_answers(tokens, split.incoming)
+        answers = parse_answers(split.response, split.incoming)
         assert answers.valid.all() and (answers.order == split.order).all()
         assert (answers.trace_tokens == (split.trace != PAD).sum(1)).all()
-        assert (faithfulness(tokens, split.trace, world.n_labels) == 1).all()
-
-
-def test_faithfulness_falls_when_any_one_token_of_a_trace_is_replaced(world):
-    row = int((world.train.list_length == CFG.n_candidates).argmax())  # without empty places
+        assert (faithfulness(split.response, split.trace, world.n_labels) == 1).all()
+    row = int((world.train.list_length == K).argmax())            # without empty places
     trace = world.train.trace[row][world.train.trace[row] != PAD]
-    wrong = []
-    for i, token in itertools.product(range(len(trace)), range(len(world.words))):
-        if token != trace[i]:
-            wrong.append(np.where(np.arange(len(trace)) == i, token, trace))
+    wrong = [np.where(np.arange(len(trace)) == i, token, trace)
+             for i, token in itertools.product(range(len(trace)), range(len(world.words)))
+             if token != trace[i]]
     rule = np.array([trace] * len(wrong))
     assert (faithfulness(np.array(wrong), rule, world.n_labels) < 1).all()
 
 
-def test_longest_response_fits(world):
-    for split in splits_of(world):
-        lengths = (responses(split.trace, split.order) != PAD).sum(1)
-        assert lengths.max() <= world.max_response
-
-
 # --- The toy world ----------------------------------------------------------------------------
 
-def items_of(words):
-    """Items of a part of a prompt, three words each: [("x", 1), ("y", 0), ("z", 4)]."""
-    pairs = [(word[0], int(word[1:])) for word in words]
-    return [pairs[i:i + 3] for i in range(0, len(pairs), 3)]
-
-
 def read_prompt(words):
-    """History, candidates and labels of a prompt, from its words alone."""
+    """History, candidates and labels of a prompt, from its words alone. An item: [("x", 1), ...]."""
+    def items_of(words):
+        pairs = [(word[0], int(word[1:])) for word in words]
+        return [pairs[i:i + 3] for i in range(0, len(pairs), 3)]
+
     assert words[0] == "<history>"
     middle = words.index("<candidates>")
     shown = words[middle + 1:]
@@ -157,39 +218,36 @@ def read_prompt(words):
     return items_of(words[1:middle]), items_of(rest), labels
 
 
-def rows_of(world):
-    return [(split, n) for split in (world.train, world.test) for n in range(40)]
+def some_rows(world, every=1):
+    return [(name, n) for name in ("train", "test") for n in range(0, 40, every)]
 
 
 def count(history, attribute, value):
     return sum((attribute, value) in item for item in history)
 
 
-def favourite(history, attribute):
-    """The value that a history has most often, the smallest of several."""
-    return max(range(TOY_VALUES), key=lambda v: (count(history, attribute, v), -v))
-
-
 def test_the_trace_follows_from_the_prompt_alone(world):
-    for split, n in rows_of(world):
+    for name, n in some_rows(world):
+        split = getattr(world, name)
         history, candidates, labels = read_prompt(text(world, split.prompt[n]))
         assert len(history) == TOY_HISTORY
         assert labels == [f"L{i + 1}" for i in range(split.list_length[n])]
-        expected = ["<profile>"] + [f"{a}{favourite(history, a)}" for a in "xyz"]
+        expected = ["<profile>"]
+        for a in "xyz":  # the value that the history has most often, the smallest of several
+            best = max(range(TOY_VALUES), key=lambda v: (count(history, a, v), -v))
+            expected.append(f"{a}{best}")
         for label, item in zip(labels, candidates):
             expected += [label] + [f"{a}{v}:{min(count(history, a, v), 3)}" for a, v in item]
-        expected += ["<none>"] * 4 * (CFG.n_candidates - len(labels))
+        expected += ["<none>"] * 4 * (K - len(labels))
         assert text(world, split.trace[n]) == expected
-
-
-def p_taken(item, liked):
-    """P(attributes of an item that is taken | the favourites)."""
-    each = [TOY_Q * (v == f) + (1 - TOY_Q) / TOY_VALUES for (_, v), f in zip(item, liked)]
-    return np.prod(each)
 
 
 def bayes(history, candidates):
     """P(target = candidate | prompt), summed over the 125 latent triples of favourites."""
+    def p_taken(item, liked):
+        return np.prod([TOY_Q * (v == f) + (1 - TOY_Q) / TOY_VALUES
+                        for (_, v), f in zip(item, liked)])
+
     posterior = np.zeros(len(candidates))
     for liked in itertools.product(range(TOY_VALUES), repeat=3):
         likelihood = np.prod([p_taken(item, liked) for item in history])
@@ -198,104 +256,69 @@ def bayes(history, candidates):
     return posterior / posterior.sum()
 
 
-def counts_of(history):
-    """(1, A, V), as toy_oracle wants them."""
-    return np.array([[[count(history, a, v) for v in range(TOY_VALUES)] for a in "xyz"]])
-
-
-def test_the_oracle_is_the_exact_bayes_posterior(world):
-    for split, n in rows_of(world)[::3]:
+def test_the_oracle_is_the_exact_bayes_posterior_and_an_expert_errs_as_told(world):
+    expert, told = (toy_world(replace(CFG, world=f"toy_{kind}")) for kind in ("expert", "target"))
+    differ = 0
+    for name, n in some_rows(world, every=3):
+        split, other, best = (getattr(w, name) for w in (world, expert, told))
         history, candidates, _ = read_prompt(text(world, split.prompt[n]))
-        k = split.list_length[n]
-        order, p = split.order[n][:k].tolist(), bayes(history, candidates)
+        k, p = split.list_length[n], bayes(history, candidates)
+        order = split.order[n][:k].tolist()
         assert sorted(order) == list(range(k)) and (split.order[n][k:] == -1).all()
         assert all(p[a] >= p[b] * (1 - 1e-9) for a, b in zip(order, order[1:]))
-        items = [[v for _, v in item] for item in candidates]
-        items.append([0, 0, 0])  # one item after the list's end
-        score = toy_oracle(counts_of(history), np.array([items]), np.array([k]))[0]
+        counts = np.array([[[count(history, a, v) for v in range(TOY_VALUES)] for a in "xyz"]])
+        items = [[v for _, v in item] for item in candidates] + [[0, 0, 0]]  # one beyond the list
+        score = toy_oracle(counts, np.array([items]), np.array([k]))[0]
         assert score[-1] == -np.inf
         np.testing.assert_allclose(np.exp(score[:-1]) / np.exp(score).sum(), p, rtol=1e-9)
 
-
-def test_an_expert_weighs_the_place_too_much_and_the_target_comes_first_where_it_is_told(world):
-    expert, told = (toy_world(replace(CFG, world=f"toy_{kind}")) for kind in ("expert", "target"))
-    differ = 0
-    for split, n in rows_of(world)[::3]:
-        name = {id(world.train): "train", id(world.val): "val", id(world.test): "test"}[id(split)]
-        other, best = getattr(expert, name), getattr(told, name)
+        # An expert weighs the place too much; of *_target the target comes first.
         assert (other.prompt[n] == split.prompt[n]).all() and other.target[n] == split.target[n]
-        history, candidates, _ = read_prompt(text(world, split.prompt[n]))
-        k, p = split.list_length[n], bayes(history, candidates)
         p = p * np.exp(-(TOY_EXPERT - 1) * TOY_PRIOR * np.arange(k))
-        order = other.order[n][:k].tolist()
-        assert all(p[a] >= p[b] * (1 - 1e-9) for a, b in zip(order, order[1:]))
+        erring = other.order[n][:k].tolist()
+        assert all(p[a] >= p[b] * (1 - 1e-9) for a, b in zip(erring, erring[1:]))
         target = split.target[n]
-        assert best.order[n][:k].tolist() == [target] + [c for c in order if c != target]
-        differ += order != split.order[n][:k].tolist()
+        assert best.order[n][:k].tolist() == [target] + [c for c in erring if c != target]
+        differ += erring != order
     assert differ > 5
 
 
 def test_equal_evidence_is_ranked_as_it_came(world):
-    pairs, K = 0, CFG.n_candidates
-    for n in range(len(world.test)):
+    pairs = 0
+    for n in range(300):
         evidence = [tuple(s) for s in np.split(world.test.trace[n][4:4 + 4 * K], K)]
         order = world.test.order[n].tolist()
         for a, b in itertools.combinations(range(K), 2):
             if evidence[a][1:] == evidence[b][1:]:
                 pairs += 1
                 assert order.index(a) < order.index(b)
-    assert pairs > 100
+    assert pairs > 20
 
 
-def test_targets_are_drawn_from_the_oracle_posterior():
-    users = toy_users(np.full(1500, 4), 5, False, np.random.default_rng(0))
-    split = toy_examples(*users, CFG.n_labels)
-    words = np.array(toy_words(CFG.n_labels))
-    best, hits = split.order[:, 0], split.order[:, 0] == split.target
-    p = []
-    for row, b in zip(split.prompt[:200], best):
-        history, candidates, _ = read_prompt(list(words[row[row != PAD]]))
-        p.append(bayes(history, candidates)[b])
-    p = np.array(p)
-    noise = hits.std() / 1500 ** 0.5 + p.std() / 200 ** 0.5
-    assert abs(hits.mean() - p.mean()) < 4 * noise
-    assert (split.target >= 0).all() and (split.target < 4).all()
-
-
-def test_items_that_a_user_takes_agree_as_often_as_the_favourites_say(world):
-    part, n, K = world.test, np.arange(len(world.test)), CFG.n_candidates
+def test_users_are_drawn_as_the_model_of_the_world_says(world):
+    part, n = world.test, np.arange(len(world.test))
     history = part.prompt[:, 1:1 + 3 * TOY_HISTORY].reshape(len(n), TOY_HISTORY, 3)
     candidates = part.prompt[:, -4 * K:].reshape(len(n), K, 4)[:, :, 1:]
-    # Both take the favourite; or one of them at least is uniform.
+    # Two items that a user takes: both take the favourite, or one of them at least is uniform.
     agree = TOY_Q ** 2 + (1 - TOY_Q ** 2) / TOY_VALUES
     assert abs((history[:, 0] == history[:, 1]).mean() - agree) < 0.04
     assert abs((candidates[n, part.target] == history[:, 2]).mean() - agree) < 0.04
     another = candidates[n, part.target - 1]  # agrees by chance
     assert abs((another == history[:, 2]).mean() - 1 / TOY_VALUES) < 0.04
-
-
-def test_targets_follow_the_position_prior(world):
-    share = np.bincount(world.test.target, minlength=CFG.n_candidates) / len(world.test)
-    prior = np.exp(-TOY_PRIOR * np.arange(CFG.n_candidates))
+    share = np.bincount(part.target, minlength=K) / len(n)
+    prior = np.exp(-TOY_PRIOR * np.arange(K))
     assert np.abs(share - prior / prior.sum()).max() < 0.05
 
 
-def test_random_labels_name_the_same_candidates_in_another_way():
-    plain = toy_world(CFG).val
-    random = toy_world(replace(CFG, world="toy_random_labels")).val
+def test_random_labels_name_the_same_candidates_in_another_way(world):
+    plain, random = world.val, toy_world(replace(CFG, world="toy_random_labels")).val
     assert not np.array_equal(random.incoming, plain.incoming)
     assert np.array_equal(np.sort(random.incoming), np.sort(plain.incoming))
-    # The same labels stand in the prompt, the trace and the incoming order.
-    for split in (plain, random):
-        for n in range(len(split)):
-            labels = split.incoming[n][split.incoming[n] >= 0] + LABEL
-            for row in (split.prompt[n], split.trace[n]):
-                shown = [t for t in row.tolist() if LABEL <= t < LABEL + CFG.n_labels]
-                assert shown == labels.tolist()
+    for n in range(len(random)):  # the same labels in the prompt, the trace, the incoming order
+        labels = random.incoming[n][random.incoming[n] >= 0] + LABEL
+        for row in (random.prompt[n], random.trace[n]):
+            assert [t for t in row if LABEL <= t < LABEL + CFG.n_labels] == labels.tolist()
     assert any((random.order[n] != plain.order[n]).any() for n in range(5))
-    long = [(responses(s.trace, s.order) != PAD).sum() for s in (random, plain)]
-    assert long[0] == long[1]
-    # They are the same users: without the labels nothing differs.
     for a, b in ((random.prompt, plain.prompt), (random.trace, plain.trace)):
         is_label = (b >= LABEL) & (b < LABEL + CFG.n_labels)
         assert np.array_equal(a[~is_label], b[~is_label])
@@ -303,50 +326,31 @@ def test_random_labels_name_the_same_candidates_in_another_way():
     assert np.array_equal(place, random.target)
 
 
-def test_the_toy_world_is_the_same_on_every_call_and_for_every_seed(world):
-    for cfg in (CFG, replace(CFG, seed=5)):
+def test_the_first_users_are_the_same_whatever_the_seed_and_the_sizes(world, monkeypatch):
+    for cfg in (replace(CFG, seed=5), replace(CFG, n_train=30), replace(CFG, n_test=50, n_val=51)):
         again = toy_world(cfg)
         assert again.words == world.words
-        for name in SPLITS:
-            a, b = getattr(again, name), getattr(world, name)
-            assert same(a, b) and np.array_equal(a.list_length, b.list_length)
-    assert not np.array_equal(world.val.prompt, world.test.prompt[:len(world.val)])
-
-
-@pytest.mark.parametrize("kind", ["toy", "toy_random_labels"])
-def test_no_split_changes_with_the_size_of_another_and_a_shorter_one_is_a_beginning(kind):
-    base = Config(world=kind, n_train=100, n_val=40, n_test=2000)
-    whole = toy_world(base)
-    for name, n in (("train", 30), ("val", 7), ("test", 50), ("train", 101), ("val", 2001)):
-        other = toy_world(replace(base, **{f"n_{name}": n}))
-        for each in SPLITS:
-            a, b = getattr(whole, each), getattr(other, each)
-            assert len(b) == (n if each == name else len(a))
-            shorter = slice(0, min(len(a), len(b)))
-            assert same(a.take(shorter), b.take(shorter)), (name, n, each)
-
-
-@pytest.mark.parametrize("kind", ["toy", "toy_random_labels"])
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_first_users_are_the_same_when_more_are_drawn_than_go_together(
-        kind, number, monkeypatch):
-    monkeypatch.setattr(toy.world, "TOY_DRAWN", 30)
-    cfg = replace(CFG, world=kind)
-    long = toy_split(100, number, cfg)
-    assert len(long) == 100 and len(np.unique(long.prompt, axis=0)) == 100
-    for n in (1, 29, 30, 31, 60, 61):
-        assert same(toy_split(n, number, cfg), long.take(slice(0, n)))
-
-
-def test_each_split_has_a_stream_of_its_own():
+        for a, b in zip(splits_of(again), splits_of(world)):
+            n = min(len(a), len(b))
+            assert same(a.take(slice(n)), b.take(slice(n)))
     parts = [toy_split(50, number, replace(CFG, vary_lists=0.0)).prompt for number in (0, 1, 2)]
-    assert len(np.unique(np.concatenate(parts), axis=0)) == 150
+    assert len(np.unique(np.concatenate(parts), axis=0)) == 150   # each its own stream
+    monkeypatch.setattr(toy.world, "TOY_DRAWN", 30)               # more than go together
+    long = toy_split(100, 0, CFG)
+    assert len(np.unique(long.prompt, axis=0)) == 100
+    for n in (1, 30, 31, 60, 61):
+        assert same(toy_split(n, 0, CFG), long.take(slice(n)))
 
 
-def test_only_training_lists_vary_in_length(world):
-    K = CFG.n_candidates
-    assert set(world.train.list_length.tolist()) == set(range(CFG.min_list, K + 1))
+def test_only_training_lists_vary_in_length_over_the_whole_range(world):
+    assert set(world.train.list_length) == set(range(CFG.min_list, K + 1))
     assert (world.val.list_length == K).all() and (world.test.list_length == K).all()
+    for share in (0.0, 0.3, 1.0):
+        cfg = replace(CFG, vary_lists=share)
+        lengths = draw_list_lengths(4000, cfg, np.random.default_rng(0))
+        each = np.bincount(lengths, minlength=K + 1)[CFG.min_list:] / 4000
+        assert np.abs(each[:-1] - 0.2 * share).max() < 0.03
+        assert abs(each[-1] - (1 - 0.8 * share)) < 0.03
 
 
 def test_words_are_distinct_and_tokens_are_in_the_vocabulary(world):
@@ -354,44 +358,7 @@ def test_words_are_distinct_and_tokens_are_in_the_vocabulary(world):
     special = [world.words[t] for t in (PAD, MASK, EOS, PROFILE)]
     assert special == ["[PAD]", "[MASK]", "[EOS]", "<profile>"]
     for split in splits_of(world):
-        for tokens in (split.prompt, responses(split.trace, split.order)):
-            assert tokens.min() >= 0 and tokens.max() < len(world.words)
-            assert not (tokens == MASK).any()
+        for tokens in (split.prompt, split.response):
+            assert tokens.min() >= 0 and tokens.max() < len(world.words) and MASK not in tokens
         filled = split.prompt != PAD  # padded on the left
         assert (np.sort(filled, axis=1) == filled).all() and filled[:, -1].all()
-
-
-# --- Small parts ------------------------------------------------------------------------------
-
-def test_pack_moves_padding_and_keeps_the_order():
-    tokens = np.array([[3, PAD, 5, PAD, PAD], [PAD, 6, PAD, 7, 4], [PAD, PAD, 9, PAD, PAD]])
-    assert pack(tokens, left=True).tolist() == [[PAD, 3, 5], [6, 7, 4], [PAD, PAD, 9]]
-    assert pack(tokens, left=False).tolist() == [[3, 5, PAD], [6, 7, 4], [9, PAD, PAD]]
-
-
-def test_responses_by_hand():
-    trace = np.array([[PROFILE, A, PAD], [PROFILE, A, B]], np.int16)
-    order = np.array([[1, 0, -1], [2, 0, 1]], np.int8)
-    assert responses(trace, order).tolist() == [[PROFILE, A, ANSWER, L2, L1, EOS, PAD, PAD],
-                                                [PROFILE, A, B, ANSWER, L3, L1, L2, EOS]]
-
-
-def test_tensors_are_the_rows_asked_for_without_columns_of_padding():
-    prompt = np.array([[PAD, PAD, 4, 5], [PAD, 3, 4, 5], [2, 3, 4, 5]], np.int16)
-    trace = np.array([[A, PAD, PAD], [A, B, PAD], [A, B, A]], np.int16)
-    none = np.zeros(3, np.int8)
-    order = np.array([[0, 1], [1, 0], [0, 1]], np.int8)
-    split = Split(prompt, trace, order, none, order)
-    got = tensors(split, [1, 0], "cpu")
-    assert got[0].tolist() == [[3, 4, 5], [PAD, 4, 5]]
-    assert got[1].tolist() == [[A, B, ANSWER, L2, L1, EOS], [A, ANSWER, L1, L2, EOS, PAD]]
-
-
-def test_list_lengths_vary_for_the_given_share_over_the_whole_range():
-    def lengths(share):
-        return draw_list_lengths(4000, replace(CFG, vary_lists=share), np.random.default_rng(0))
-
-    assert (lengths(0.0) == CFG.n_candidates).all()
-    share = np.bincount(lengths(1.0), minlength=CFG.n_candidates + 1)[CFG.min_list:] / 4000
-    assert share.sum() == 1 and np.abs(share - 0.2).max() < 0.03
-    assert abs((lengths(0.3) != CFG.n_candidates).mean() - 0.3 * 0.8) < 0.03

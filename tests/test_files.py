@@ -1,369 +1,245 @@
-"""The prepared files, the raw files and their download, on tiny files."""
-import gzip
-import http.server
+"""Checkpoints: damaged files, full disks, second runs, other runs, other settings, other code."""
+import errno
 import json
 import os
-import re
-import subprocess
-import sys
-import threading
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import torch
 
-from beauty import amazon
+from config import Config
+from plumbing import checkpoint as ck
 from plumbing.settings import UserError
 
-REVIEWS, META = amazon.RAW_LIMITS
-ITEMS = "item_id\tasin\tbrand\tcategories\n" \
-        "1\tA1\tOPI\tMakeup > Nails\n2\tA2\t\tSkin Care\n3\tA3\tOPI\tSkin Care > Face\n4\tA4\t\tX\n"
-SEQUENCES = "1 1 2 3\n2 4 3 2 1\n3 1 4\n"
+TINY = Config(n_layer=1, n_head=1, d_model=8, block_size=4, device="cpu")
 
 
-def prepared(folder, items=ITEMS, sequences=SEQUENCES):
-    folder.mkdir(exist_ok=True)
-    for name, text in (("items.tsv", items), ("sequences.txt", sequences)):
-        if text is not None:
-            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(folder)
+def tiny_world(**changes):
+    split = SimpleNamespace(prompt=torch.zeros(1, 5))
+    world = dict(words=list("abcdef"), checksum="data", train=split, val=split, test=split,
+                 longest=lambda trace: [6, 3])
+    return SimpleNamespace(**{**world, **changes})
 
 
-def review(user, asin, time):
-    return json.dumps({"reviewerID": user, "asin": asin, "reviewText": "ünï\ttext",
-                       "unixReviewTime": time})
+WORLD = tiny_world()
 
 
-def raw(folder, reviews, metas):
-    folder.mkdir(exist_ok=True)
-    for name, lines in ((REVIEWS, reviews), (META, metas)):
-        with gzip.open(folder / name, "wt", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-    return str(folder)
+def train(cfg, stage, done=2, n_steps=2):
+    """Stands in for a training script that is killed after `done` steps. Returns the weights."""
+    model = ck.start_from(cfg, WORLD, stage)
+    run = SimpleNamespace(
+        cfg=cfg, stage=stage, world=WORLD, model=model, n_steps=n_steps, seconds=1.5,
+        path=ck.own_path(cfg, stage), optimizers=[torch.optim.AdamW(model.parameters())],
+        began_with=ck.checksum(model.state_dict()))
+    first, _, finished = ck.resume(cfg, stage, model, run.optimizers, WORLD, run.began_with)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(first, done):
+        run.optimizers[0].step()
+    if not finished:
+        ck.save_run(run, done)
+    return model.state_dict()
 
 
-def small_raw(folder, extra=()):
-    """5 users with 5 items, file sorted by item as the real one; 5 brands Big, one Rare."""
-    reviews = [review(f"U{u}", f"A{i}", 100 - i) for i in range(5) for u in range(5)]
-    metas = []
-    for i in range(5):
-        path = ["Beauty", "Makeup", "Odd" if i == 2 else "Lips & Co", "Deep"]
-        metas.append(repr({"asin": f"A{i}", "brand": "Rare" if i == 4 else "Big",
-                           "related": {"also_bought": ["A0"]}, "categories": [path]}))
-    metas += [repr({"asin": "NOT", "brand": "Big", "categories": [["Beauty", "Odd"]] * 9})]
-    return raw(folder, reviews, metas + list(extra))
+def begin(cfg, stage):
+    """The weights that a stage begins with."""
+    return ck.start_from(cfg, WORLD, stage).state_dict()
 
 
-def read(folder, name):
-    return (folder / name).read_text(encoding="utf-8")
+def same(a, b):
+    return ck.checksum(a) == ck.checksum(b)
 
 
-def error_of(function, *args):
-    with pytest.raises(UserError) as info:
+def refusal(function, *args):
+    """The sentence with which something is refused."""
+    with pytest.raises(UserError) as refused:
         function(*args)
-    assert "\n" not in str(info.value) and len(str(info.value)) < 600
-    return str(info.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+    return str(refused.value)
 
 
-# --- prepared files
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = str(tmp_path / "new" / "x.pt")
+    ck.save_tensors(path, {"a": torch.arange(3)})
 
-def test_read(tmp_path):
-    sequences, items, source, n_skipped, names = amazon.read_beauty(prepared(tmp_path))
-    assert source == "prepared files" and n_skipped == 1 and len(items) == 4
-    assert all(s.dtype == np.int64 for s in sequences)
-    named = sorted([items[i] for i in s] for s in sequences)
-    a, b = ("OPI", ("Makeup", "Nails")), ("", ("Skin Care",))
-    c, d = ("OPI", ("Skin Care", "Face")), ("", ("X",))
-    assert named == sorted([[a, b, c], [d, c, b, a]])
-    assert names.keys() == {"1", "2", "3", "4", "A1", "A2", "A3", "A4"}
-    assert all(names[i] == names["A" + i] for i in "1234")
-    assert [items[names[i]] for i in "1234"] == [a, b, c, d]
-    again = amazon.read_beauty(str(tmp_path))
-    assert again[1] == items and all(np.array_equal(x, y) for x, y in zip(again[0], sequences))
-    own = prepared(tmp_path / "own", ITEMS.replace("\tA3\t", "\t3\t"))  # an asin may be its own id
-    assert amazon.read_beauty(own)[4].keys() == {"1", "2", "3", "4", "A1", "A2", "A4"}
-    (tmp_path / "source.txt").write_text("converted from X\n")
-    assert amazon.read_beauty(str(tmp_path))[2] == "converted from X"
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def torch_full(*args):
+        raise RuntimeError("[enforce fail at inline_container.cc] . write failed\nframe #0: ...")
+    for module, name, fail in ((os, "replace", full), (torch, "save", torch_full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            assert f"cannot write {path} (" in refusal(ck.save_tensors, path, {"a": 1})
+        assert os.listdir(tmp_path / "new") == ["x.pt"]
+        assert torch.equal(ck.load_tensors(path)["a"], torch.arange(3))
 
 
-def test_read_hides_the_id_order(tmp_path):
-    n = 300
-    items = "".join(f"{i}\tA{i}\tB{i}\tC\n" for i in range(1, n + 1))
-    sequences = "".join(f"{u} {u} {u + 1} {u + 2}\n" for u in range(1, n - 1))
-    items = "\t".join(amazon.HEADER) + "\n" + items
-    sequences, items, *_ = amazon.read_beauty(prepared(tmp_path, items, sequences))
-    old = np.array([int(brand[1:]) for brand, _ in items])
-    assert sorted(old) == list(range(1, n + 1))
-    first = np.array([old[s[0]] for s in sequences])
-    assert abs(np.corrcoef(old, np.arange(n))[0, 1]) < 0.2
-    assert abs(np.corrcoef(first, np.arange(n - 2))[0, 1]) < 0.2
-    assert all(old[s].tolist() == [u, u + 1, u + 2] for s, u in zip(sequences, first))
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
 
 
-@pytest.mark.parametrize("items, sequences, expected", [
-    (None, SEQUENCES, "items.tsv is missing"),
-    (ITEMS, None, "sequences.txt is missing"),
-    ("", SEQUENCES, "items.tsv is empty"),
-    (ITEMS, "", "sequences.txt is empty"),
-    (ITEMS[ITEMS.index("\n") + 1:], SEQUENCES, "items.tsv, line 1: expected the header"),
-    (ITEMS + "5\tA5\t", SEQUENCES, "items.tsv, line 6: expected 4 tab-separated"),
-    (ITEMS + "5\tA5\t\t", SEQUENCES, "items.tsv, line 6: expected 4 tab-separated"),
-    (ITEMS + "5\tA5\t\tA >  > B\n", SEQUENCES, "items.tsv, line 6: expected 4 tab-separated"),
-    (ITEMS + "-5\tA5\t\tA\n", SEQUENCES, "items.tsv, line 6: expected 4 tab-separated"),
-    (ITEMS + "2\tA5\t\tA\n", SEQUENCES, "items.tsv, line 6: item id 2 is there twice"),
-    (ITEMS + "5\tA2\t\tA\n", SEQUENCES, "items.tsv, line 6: asin A2 is there twice"),
-    (ITEMS + "5\t A2 \t\tA\n", SEQUENCES, "items.tsv, line 6: asin A2 is there twice"),
-    (ITEMS + "5\t3\t\tA\n", SEQUENCES, "3 is the id of one item and the asin of another"),
-    (ITEMS.encode() + b"5\tA5\t\xff\tA\n", SEQUENCES, "items.tsv, line 6: the text is not UTF-8"),
-    (ITEMS, SEQUENCES + "4 1 9 3\n", "sequences.txt, line 4: items.tsv lacks item 9"),
-    (ITEMS, SEQUENCES + "4", "sequences.txt, line 4: expected a user id and its item ids"),
-    (ITEMS, SEQUENCES + "\n", "sequences.txt, line 4: expected a user id and its item ids"),
-    (ITEMS, SEQUENCES + "4 1 x 3\n", "sequences.txt, line 4: expected a user id and its item ids"),
-    (ITEMS, SEQUENCES + "4 1 ٢ 3\n", "sequences.txt, line 4: expected a user id and its item ids"),
-    (ITEMS, SEQUENCES + "u4 1 2 3\n", "sequences.txt, line 4: expected a user id and its item ids"),
-    (ITEMS, SEQUENCES + "4 " + "z" * 5000, "zzz'…"),
-    (ITEMS, SEQUENCES + "2 1 2 3\n", "sequences.txt, line 4: user id 2 is there twice"),
-    (ITEMS, SEQUENCES + "4 " + "1 " * 2**20, "sequences.txt, line 4: over 1048576 bytes a line"),
-    (ITEMS, SEQUENCES.encode() + b"\xff 1 2 3\n", "sequences.txt, line 4: the text is not UTF-8"),
-    (ITEMS, "1 1 2\n", "sequences.txt has no user with 3 or more items"),
-])
-def test_bad_prepared_files_are_named(tmp_path, items, sequences, expected):
-    assert expected in error_of(amazon.read_beauty, prepared(tmp_path / "d", items, sequences))
+def test_a_damaged_or_foreign_file_is_refused_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ck.save_tensors("x.pt", {"a": torch.arange(1000), "b": [1, "two", None]})
+    whole = (tmp_path / "x.pt").read_bytes()
+    place = whole.index(torch.arange(1000).numpy().tobytes()) + 80
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
+    contents = [b"", b"text", whole[:-30], whole[:500], flipped, pickle.dumps(Evil(), 2)]
+    changed = {**torch.load("x.pt"), "b": [1, "two", 0]}
+    for foreign in ({"a": 1}, [1], Evil(), changed):
+        torch.save(foreign, "foreign.pt")
+        contents.append((tmp_path / "foreign.pt").read_bytes())
+    for content in contents:
+        (tmp_path / "y.pt").write_bytes(content)
+        assert "y.pt is damaged or no file of this project" in refusal(ck.load_tensors, "y.pt")
+    assert not os.path.exists("evil")
 
 
-def test_missing_folder(tmp_path):
-    message = error_of(amazon.read_beauty, str(tmp_path / "none"))
-    assert "there is no folder" in message and "--data_dir" in message and "--download" in message
+def test_checksums_tell_contents_apart():
+    x = torch.zeros(2)
+    different = [x, x + 1, x.double(), x[None], [x], [1, 2], (1, 2), [[1], 2], ["1", 2], {1: 2}, [],
+                 [1, [2, 3]], [[1, 2], 3], 1, 1.0, True, None]
+    assert len({ck.checksum(content) for content in different}) == len(different)
 
 
-# --- raw files
+def test_a_lock_keeps_other_runs_out_and_other_failures_are_told(tmp_path, monkeypatch):
+    path, held = str(tmp_path / "a" / "checkpoint.pt"), "another run is writing to"
 
-def test_convert(tmp_path):
-    amazon.convert_raw(small_raw(tmp_path / "raw"), str(tmp_path / "out"))
-    # Users read A4 first (time 96), so it is item 1. Its brand and the part Odd are rare, and rare
-    # parts are left out.
-    expected = "".join(f"{u} 1 2 3 4 5\n" for u in range(1, 6))
-    assert read(tmp_path / "out", "sequences.txt") == expected
-    lines = read(tmp_path / "out", "items.tsv").splitlines()
-    assert lines[0] == "item_id\tasin\tbrand\tcategories" and lines[1] == "1\tA4\t\tMakeup > Deep"
-    assert read(tmp_path / "out", "source.txt") == f"converted from {REVIEWS} and {META}\n"
-    assert sorted(os.listdir(tmp_path / "out")) == ["items.tsv", "sequences.txt", "source.txt"]
-    sequences, items, source, n_skipped, _ = amazon.read_beauty(str(tmp_path / "out"))
-    assert len(sequences) == 5 and len(items) == 5 and n_skipped == 0
-    assert source.startswith("converted from")
-
-
-def test_convert_keeps_ties_in_file_order_and_users_by_appearance(tmp_path):
-    reviews = [review("Z", "C", 5), review("A", "D", 1), review("Z", "B", 5), review("Z", "A", 1),
-               review("A", "B", 1)]
-    amazon.convert_raw(raw(tmp_path / "raw", reviews, ["{'asin': 'Q'}"]), str(tmp_path))
-    # User Z: A, then C before B as in the file; then user A.
-    assert read(tmp_path, "sequences.txt") == "1 1 2 3\n2 4 3\n"
-    expected = [f"{i}\t{a}\t\tUnknown" for i, a in enumerate("ACBD", 1)]
-    assert read(tmp_path, "items.tsv").splitlines()[1:] == expected
+    def enter():
+        with ck.locked(path):
+            pass
+    with ck.locked(path):
+        assert held in refusal(enter)
+    enter()
+    for number, expected in ((errno.EACCES, held), (errno.EAGAIN, held),
+                             (errno.ENOLCK, f"cannot lock {tmp_path / 'a' / 'lock'}: No locks")):
+        def locking(*args):
+            raise OSError(number, os.strerror(number))
+        with monkeypatch.context() as patch:
+            patch.setattr(ck.fcntl, "flock", locking)
+            assert refusal(enter).startswith(expected)
+        with monkeypatch.context() as patch:  # as on Windows
+            patch.setattr(ck, "fcntl", None)
+            patch.setattr(ck, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking), raising=False)
+            assert refusal(enter).startswith(expected)
 
 
-def test_convert_attributes(tmp_path):
-    asins = [f"A{i}" for i in range(6)]
-    two = [["Beauty", "Tools", "Bags"], ["Clothing", "Luggage"]]
-    metas = [{"asin": a, "brand": " Dolce &amp;\tGab\nbana ", "categories": two} for a in asins[:5]]
-    # The name of this brand is common as a category.
-    metas += [{"asin": "A5", "brand": "Luggage", "categories": [["Beauty"]]}]
-    out, reviews = tmp_path / "out", [review("U", a, 1) for a in asins]
-    amazon.convert_raw(raw(tmp_path / "raw", reviews, map(repr, metas)), str(out))
-    rows = [line.split("\t") for line in read(out, "items.tsv").splitlines()[1:]]
-    assert rows[0] == ["1", "A0", "Dolce & Gab bana", "Tools > Bags > Luggage"]
-    assert rows[5] == ["6", "A5", "Luggage", "Unknown"]
+def test_a_log_is_cut_to_the_steps_that_were_saved(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "checkpoint.pt.1.part").write_text("left by a kill")
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(5)) + '{"st')
+    for first, kept in ((3, [0, 1, 2, 3]), (0, [0])):
+        with ck.open_log(str(path), first) as log:
+            log.write(json.dumps({"step": first}) + "\n")
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == kept
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_convert_drops_what_is_seen_4_times(tmp_path):
-    asins = [f"A{i}" for i in range(4)]
-    metas = [repr({"asin": a, "brand": "B", "categories": [["Beauty", "M"]]}) for a in asins]
-    reviews = [review("U", a, 1) for a in asins]
-    amazon.convert_raw(raw(tmp_path / "raw", reviews, metas), str(tmp_path))
-    lines = read(tmp_path, "items.tsv").splitlines()[1:]
-    assert len(lines) == 4 and all(line.endswith("\t\tUnknown") for line in lines)
+def test_texts_that_do_not_fit_are_refused():
+    positions = len(ck.new_model(TINY, WORLD).cos)
+    for *trace, fits in ([positions // 4 * 4 - 8], [10, positions // 4 * 4 - 12]):  # 10: 12 slots
+        ck.new_model(TINY, tiny_world(longest=lambda _: [*trace, fits]))
+        assert "positions of the model: choose a smaller --block_size" in refusal(
+            ck.new_model, TINY, tiny_world(longest=lambda _: [*trace, fits + 1]))
 
 
-EVIL = "__import__('os').system('touch {}')"
+def test_a_stage_begins_with_the_latest_before_it(tmp_path):
+    cfg = replace(TINY, run_dir=str(tmp_path))
+    assert "first run `python train_ar.py --config toy`" in refusal(begin, cfg, "cft")
+    weights = {"ar": train(cfg, "ar")}
+    for stage in ("opd", "rl"):  # a teacher is no student
+        assert "first run `python train_cft.py --config toy`" in refusal(begin, cfg, stage)
+    assert same(begin(replace(cfg, block_size=1), "rl"), weights["ar"])  # but RL may train it
+    weights["cft"] = train(cfg, "cft")
+    train(cfg, "opd", done=1)  # unfinished
+    assert same(begin(cfg, "rl"), weights["cft"]) and not same(weights["ar"], weights["cft"])
+    assert ck.last_student(cfg, WORLD)[0] == "cft"
+    weights["opd"] = train(cfg, "opd")
+    assert same(begin(cfg, "rl"), weights["opd"])
+    found = ck.finished_stages(cfg, WORLD)
+    assert list(found) == ["ar", "cft", "opd"]
+    assert all(same(model.state_dict(), weights[stage]) for stage, (model, _) in found.items())
 
 
-@pytest.mark.parametrize("line", [
-    EVIL, "{{'asin': 'A1', 'brand': " + EVIL + "}}", "{{'asin': 'A1'", "('asin': 'A1')",
-    "{{'asin': 'A1', 'categories': [['Beauty', 3]]}}", "{{'asin': 'A1', 'categories': ['Beauty']}}",
-    "{{'asin': 'A1', 'brand': 7}}", "['A1']", "", "-" * 10**5 + "1", "1" + "+1" * 10**5])
-def test_bad_meta_line_is_named_and_never_run(tmp_path, line):
-    proof = tmp_path / "proof"
-    prepared(tmp_path / "out")
-    folder = small_raw(tmp_path / "raw", [line.format(proof)])
-    message = error_of(amazon.convert_raw, folder, str(tmp_path / "out"))
-    assert f"{META}, line 7: expected a Python literal" in message and not proof.exists()
-    assert read(tmp_path / "out", "items.tsv") == ITEMS and len(os.listdir(tmp_path / "out")) == 2
+def test_a_run_goes_on_only_as_it_began(tmp_path):
+    cfg = replace(TINY, run_dir=str(tmp_path))
+    whole = train(replace(cfg, run_dir=str(tmp_path / "whole")), "ar", 4, 4)
+    train(cfg, "ar", 2, 4)
+    assert same(train(cfg, "ar", 4, 4), whole)
+    other = replace(cfg, ar_lr=0.5, tau=0.7, opd_lr=0.5)  # tau and OPD do not count
+    assert "(ar_lr=0.004 there, 0.5 now): use the same, or another --run_dir" in refusal(
+        train, other, "ar")
+    for world in (tiny_world(words=list("abcdeg")), tiny_world(checksum="new")):
+        assert "the data has changed since" in refusal(ck.load_stage, cfg, "ar", world)
+    train(cfg, "cft")
+    train(replace(cfg, again=True), "ar", 3, 3)  # another teacher
+    assert "was begun from other weights" in refusal(train, cfg, "cft")
+    path = ck.own_path(cfg, "cft")
+    for key, other, file in (("model", {}, "model.py"), ("optimizers", [{}], "trainer.py")):
+        train(replace(cfg, again=True), "cft")
+        state = ck.load_tensors(path)
+        ck.save_tensors(path, {**state, key: other})
+        assert f"another version of {file}" in refusal(train, cfg, "cft")
 
 
-@pytest.mark.parametrize("line", [
-    "{", "[]", "7", "", '{"reviewerID": "U", "asin": "A1"}', review("U", "A\t1", 3),
-    review("U 1", "A1", 3), review("U", "A1", "3"), review("U", None, 3), "[" * 10**5])
-def test_bad_review_line_is_named(tmp_path, line):
-    folder = raw(tmp_path, [review("U", "A1", 1), line], [])
-    message = error_of(amazon.convert_raw, folder, str(tmp_path / "out"))
-    assert f"{REVIEWS}, line 2: expected a JSON object" in message
-    assert not (tmp_path / "out").exists()
+def test_again_trains_anew_and_keeps_the_old_file_until_it_saves(tmp_path):
+    cfg = replace(TINY, run_dir=str(tmp_path))
+    again = replace(cfg, again=True, ar_lr=0.5)
+    old = train(cfg, "ar")
+    model = ck.new_model(again, WORLD)
+    assert ck.resume(again, "ar", model, [], WORLD, "") == (0, 0.0, False)
+    assert same(ck.load_stage(cfg, "ar", WORLD)[0].state_dict(), old)
+    new = train(again, "ar", 5, 5)
+    assert not same(old, new)
+    assert same(ck.load_stage(again, "ar", WORLD)[0].state_dict(), new)
 
 
-@pytest.mark.parametrize("name", [REVIEWS, META])
-def test_damaged_gzip(tmp_path, name, monkeypatch):
-    folder, out = small_raw(tmp_path / "raw"), prepared(tmp_path / "out")
-    path = tmp_path / "raw" / name
-    whole = path.read_bytes()
-    for content, expected in (
-            (whole[:-12], "cut off"),
-            (b"not gzip", "line 1: the file is cut off or unreadable"),
-            (whole[:30] + b"\xff" * 20 + whole[50:], "cut off"),
-            (b"", "is empty"),
-            (None, "is missing")):
-        path.unlink() if content is None else path.write_bytes(content)
-        message = error_of(amazon.convert_raw, folder, out)
-        assert name in message and expected in message and "--convert" in message
-    path.write_bytes(whole)
-    monkeypatch.setattr(amazon, "MAX_BYTES", 100)
-    assert re.search(f"{REVIEWS}, line 2: over", error_of(amazon.convert_raw, folder, out))
-    assert read(tmp_path / "out", "items.tsv") == ITEMS
+def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
+    there = replace(TINY, run_dir=str(tmp_path / "there"))
+    weights = {stage: train(there, stage, i + 1, i + 1)
+               for i, stage in enumerate(("ar", "cft", "opd"))}
+    run = str(tmp_path / "there" / "toy" / "seed0")
+    # Another run may have been trained in another way: other seed, other rate.
+    cfg = replace(TINY, run_dir=str(tmp_path / "here"), seed=1, cft_lr=0.5)
+    of_run, of_stage = replace(cfg, from_=run), replace(cfg, from_=f"{run}/cft")
+    assert same(begin(of_run, "cft"), weights["ar"])
+    assert same(begin(of_run, "rl"), weights["opd"])
+    assert same(begin(of_stage, "rl"), weights["cft"])
+    assert ck.find(of_stage, "cft") == f"{run}/cft/checkpoint.pt"
+    assert ck.find(of_stage, "ar") == ck.find(of_stage, "opd") == ""
+    own = train(of_run, "cft")  # this run's own student comes before all students of the other
+    assert same(begin(of_run, "rl"), own)
+    assert list(ck.finished_stages(of_run, WORLD)) == ["ar", "cft"]
+    teacher = replace(there, block_size=1, run_dir=str(tmp_path / "teacher"), from_=f"{run}/ar")
+    after_rl = train(teacher, "rl")
+    of_teacher = replace(cfg, seed=2, from_=os.path.dirname(ck.own_path(teacher, "rl")))
+    assert same(begin(of_teacher, "cft"), after_rl) and ck.find(of_teacher, "rl") == ""
+    assert ck.find(teacher, "rl") == ck.own_path(teacher, "rl")
+    changes = dict(trace="free", world="toy_expert", wording="token", n_candidates=4, n_layer=2,
+                   n_head=2, d_model=16)  # with which its tokens would mean something else
+    for name, value in changes.items():
+        assert f"({name}={getattr(there, name)} there, {value} now): use the same" in refusal(
+            begin, replace(of_run, **{name: value}), "opd")
+    for world in (tiny_world(words=list("abcdeg")), tiny_world(checksum="new")):
+        assert "the data has changed since" in refusal(ck.start_from, of_teacher, world, "cft")
 
 
-def test_a_failed_check_or_write_leaves_the_old_files(tmp_path, monkeypatch):
-    folder, out = small_raw(tmp_path / "raw"), prepared(tmp_path / "out")
-    message = error_of(amazon.convert_raw, folder, out, amazon.check_counts)
-    assert "(5, 25, 5)" in message and "(22363, 198502, 12101)" in message
-
-    def disk_full(*_):
-        raise OSError("disk full")
-    monkeypatch.setattr(amazon.os, "replace", disk_full)
-    assert "disk full" in error_of(amazon.convert_raw, folder, out)
-    assert sorted(os.listdir(out)) == ["items.tsv", "sequences.txt"]
-    assert read(tmp_path / "out", "items.tsv") == ITEMS
-
-
-def test_check_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(amazon, "COUNTS", (2, 7, 4))
-    amazon.check_counts(prepared(tmp_path, sequences=SEQUENCES[:-6]))
-
-
-# --- download
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, content = self.server, self.server.content
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-        server.requests.append(start)
-        if server.ranges and start >= len(content) and start:
-            self.send_error(416)
-            return
-        if server.ranges and start:
-            self.send_response(206)
-            size = len(content)
-            self.send_header("Content-Range", f"bytes {start + server.shift}-{size - 1}/{size}")
-        else:
-            self.send_response(200)
-            start = 0
-        if server.length:
-            self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        body = content[start:]
-        self.wfile.write(body[:server.cut] if server.cut else body)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.requests = os.urandom(300_000), []
-    server.ranges, server.length = True, True
-    server.shift, server.cut = 0, 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(amazon, "BASE_URL", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setattr(amazon, "RAW_LIMITS", {REVIEWS: 400_000})
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("length", [True, False])
-def test_download(tmp_path, server, length):
-    server.length = length
-    amazon.download_raw(str(tmp_path / "new"))
-    amazon.download_raw(str(tmp_path / "new"))  # there already: no request
-    assert (tmp_path / "new" / REVIEWS).read_bytes() == server.content and server.requests == [0]
-    assert os.listdir(tmp_path / "new") == [REVIEWS]
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_download_goes_on_after_a_cut(tmp_path, server, ranges):
-    server.ranges, server.cut = ranges, 100_000
-    message = error_of(amazon.download_raw, str(tmp_path))
-    assert "100000 of 300000" in message and "by hand" in message and "--convert" in message
-    assert amazon.BASE_URL in message
-    assert os.listdir(tmp_path) == [REVIEWS + ".part"]
-    server.cut = 0
-    amazon.download_raw(str(tmp_path))
-    assert (tmp_path / REVIEWS).read_bytes() == server.content and server.requests == [0, 100_000]
-
-
-def test_download_with_a_part_that_is_too_long_starts_again(tmp_path, server):
-    (tmp_path / (REVIEWS + ".part")).write_bytes(b"x" * 300_000)
-    amazon.download_raw(str(tmp_path))
-    assert (tmp_path / REVIEWS).read_bytes() == server.content and server.requests == [300_000, 0]
-
-
-def test_download_refuses_another_range(tmp_path, server):
-    (tmp_path / (REVIEWS + ".part")).write_bytes(server.content[:10])
-    server.shift = 5
-    assert "unexpected answer 206" in error_of(amazon.download_raw, str(tmp_path))
-
-
-@pytest.mark.parametrize("length", [True, False])
-def test_download_size_limit(tmp_path, server, monkeypatch, length):
-    server.length = length
-    monkeypatch.setattr(amazon, "RAW_LIMITS", {REVIEWS: 200_000})
-    assert "larger than the 200000 bytes" in error_of(amazon.download_raw, str(tmp_path))
-    assert os.listdir(tmp_path) == []
-
-
-def test_download_without_a_network(tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(amazon, "BASE_URL", "http://127.0.0.1:9/")
-    assert "by hand" in error_of(amazon.download_raw, str(tmp_path), 2)
-
-
-# --- command line
-
-def test_main(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", prepared(tmp_path)])
-    amazon.main()
-    assert "2 users, 7 interactions, 4 items; 1 users" in capsys.readouterr().out
-    command = [sys.executable, amazon.__file__, "--data_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert done.returncode == 0 and "2 users, 7 interactions, 4 items; 1 users" in done.stdout
-    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", str(tmp_path), "--convert"])
-    with pytest.raises(SystemExit) as info:
-        amazon.main()
-    assert info.value.code == 2 and REVIEWS in capsys.readouterr().err
-
-
-def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
-    def stopped(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(amazon, "download_raw", stopped)
-    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", str(tmp_path), "--download"])
-    with pytest.raises(SystemExit) as info:
-        amazon.main()
-    assert info.value.code == 130 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_main_convert(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(amazon, "COUNTS", (5, 25, 5))
-    monkeypatch.setattr(sys, "argv", ["amazon.py", "--data_dir", small_raw(tmp_path), "--convert"])
-    amazon.main()
-    assert "5 users, 25 interactions, 5 items" in capsys.readouterr().out
+def test_a_checkpoint_tells_once_that_the_code_has_changed(tmp_path, monkeypatch, capsys):
+    assert {"model.py", "toy/world.py", "train_cft.py"} <= ck.code_of().keys()
+    cfg = replace(TINY, run_dir=str(tmp_path))
+    train(cfg, "ar")
+    code = dict(ck.CODE)
+    for change, names in (({}, ""), ({"evaluate.py": "x", "train_cft.py": "x"}, ""),
+                          ({"model.py": "x"}, "model.py has"),
+                          ({"toy/world.py": "x", "data.py": "x"}, "data.py, toy/world.py have")):
+        monkeypatch.setattr(ck, "CODE", {**code, **change})
+        capsys.readouterr()
+        begin(cfg, "cft")
+        begin(cfg, "cft")
+        expected = f"{ck.own_path(cfg, 'ar')} was trained by other code ({names} changed since): " \
+                   "--again true trains it anew\n"
+        assert capsys.readouterr().err == (expected if names else "")

@@ -1,0 +1,70 @@
+"""Two processes under torchrun (gloo, CPU) make the update of one; nonsense is refused."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from plumbing import processes
+from plumbing.settings import UserError
+
+PROGRAM = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import GPT
+from plumbing import processes
+
+processes.start("cpu")
+torch.manual_seed(0)
+model = GPT(10, n_layer=1, n_head=2, d_model=16).double()
+model.unused = torch.nn.Parameter(torch.zeros(3))  # of which one process has no gradient
+n = processes.share(6)
+rows = torch.randint(3, 10, (6, 5))[processes.RANK * n:][:n]
+mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+loss = model(rows, torch.arange(5).expand(n, 5), mask).square().mean()
+if processes.RANK == 0:
+    loss = loss + processes.RANKS * model.unused.sum()
+loss.backward()
+processes.mean_gradients(model)
+processes.barrier()
+gradients = {name: p.grad for name, p in model.named_parameters()}
+torch.save(gradients, f"{processes.RANK}of{processes.RANKS}.pt")
+processes.stop()
+"""
+
+
+def test_the_mean_gradient_of_two_halves_is_that_of_the_whole_batch(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for how in ([], torchrun):
+        done = subprocess.run([sys.executable, *how, "program.py", ROOT], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
+    for name, gradient in whole.items():
+        assert gradient.abs().max() > 0
+        assert torch.equal(two[0][name], two[1][name])
+        torch.testing.assert_close(two[0][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_each_process_draws_its_part_rounded_up(monkeypatch):
+    for n, ranks, each in ((12, 3, 4), (7, 2, 4), (1, 4, 1), (5, 4, 2), (8, 1, 8)):
+        monkeypatch.setattr(processes, "RANKS", ranks)
+        assert processes.share(n) == each
+
+
+def test_an_environment_that_torchrun_never_sets_is_refused(monkeypatch):
+    good = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="a", MASTER_PORT="29500")
+    assert processes.launched(good) == (1, 2) and processes.launched({"PATH": "x"}) == (0, 1)
+    bad = [dict(RANK="2"), dict(RANK="-1"), dict(RANK="x"), dict(RANK=""), dict(WORLD_SIZE="0"),
+           dict(LOCAL_RANK="2"), dict(LOCAL_RANK="-1"), dict(MASTER_ADDR=""),
+           dict(MASTER_PORT="70000"), dict(MASTER_PORT="port")]
+    environments = [{**good, **change} for change in bad]
+    environments += [{key: good[key] for key in good if key != name} for name in good]
+    for environment in environments:
+        with pytest.raises(UserError, match="which torchrun never sets: start several"):
+            processes.launched(environment)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and the rest is missing
+    with pytest.raises(UserError, match="which torchrun never sets"):
+        processes.start("cpu")
