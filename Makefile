@@ -1,10 +1,10 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: toy few beauty paper demo test torture clean
+.PHONY: toy few beauty paper demo test mutations clean
 
-# the whole recipe: `make` on the toy world, 8 minutes on 2 CPU cores; `make few` there, with few responses of the teacher;
-# `make beauty` on Amazon Beauty (data/beauty, see docs/beauty.md)
+# The whole recipe: `make` on the toy world, `make beauty` on Amazon Beauty (docs/beauty.md), and
+# `make few` on the toy world where the teacher has written little.
 .DEFAULT_GOAL := toy
 toy: CONFIG = toy
 few: CONFIG = toy_few
@@ -16,18 +16,17 @@ toy few beauty: .venv/ready
 	$(RUN) train_rl.py --config $(CONFIG)
 	$(RUN) evaluate.py --config $(CONFIG)
 
-# the paper's recipe as written, on the toy world: its teacher is SFT, then RL
-TEACHER = runs/teacher/toy_paper/seed0/rl/checkpoint.pt
+# The paper's recipe as it is written, on the toy world. Its teacher is trained by AR and then RL.
+PAPER = --config toy_paper
 paper: .venv/ready
-	$(RUN) train_ar.py --config toy_paper
-	$(RUN) train_rl.py --config toy_paper --block_size 1 --run_dir runs/teacher --init runs/toy_paper/seed0/ar/checkpoint.pt \
-	    --teacher runs/toy_paper/seed0/ar/checkpoint.pt
-	$(RUN) train_cft.py --config toy_paper --teacher $(TEACHER)
-	$(RUN) train_opd.py --config toy_paper --teacher $(TEACHER)
-	$(RUN) train_rl.py --config toy_paper --teacher $(TEACHER)
-	$(RUN) evaluate.py --config toy_paper --teacher $(TEACHER)
+	$(RUN) train_ar.py $(PAPER) --run_dir runs/teacher
+	$(RUN) train_rl.py $(PAPER) --run_dir runs/teacher --block_size 1
+	$(RUN) train_cft.py $(PAPER) --from runs/teacher/toy_paper/seed0/rl
+	$(RUN) train_opd.py $(PAPER) --from runs/teacher/toy_paper/seed0/rl
+	$(RUN) train_rl.py $(PAPER) --from runs/teacher/toy_paper/seed0/rl
+	$(RUN) evaluate.py $(PAPER) --from runs/teacher/toy_paper/seed0/rl
 
-# three users, re-ranked by the weights that come along, in the terminal
+# Three users, re-ranked in the terminal by the weights in this repository.
 demo: .venv/ready
 	$(RUN) evaluate.py --config toy --run_dir weights --show 3
 
@@ -40,10 +39,9 @@ test: .venv/ready
 	@$(PYTEST) $(FIRST) > .venv/first.log 2>&1 & first=$$!; $(PYTEST) $(SECOND); second=$$?; \
 	    wait $$first; first=$$?; cat .venv/first.log; exit $$((first + second))
 
-# 24 kills of training runs, then 10,000 damaged files at the loaders: a quarter of an hour
-torture: .venv/ready
-	rm -rf runs/torture
-	$(RUN) tests/torture.py 24 10000 runs/torture
+# Changes one line of the code at a time, and runs the tests that should notice.
+mutations: .venv/ready
+	$(RUN) tests/mutations.py
 
 # the environment; made again whenever requirements.txt changes
 .venv/ready: requirements.txt

@@ -35,7 +35,7 @@ class Config:
     vary_lists: Real(0, 1) = 0.4      # share of training lists with a length from K / 2 to K
     trace: OneOf("free", "bound") = "bound"  # ours [free]: the answer sees the trace alone; with
     #   free it sees the prompt as well
-    answer_share: Real(0, 1) = 0.67   # with bound traces: share of the steps that train answers
+    answer_share: Real(0, 1) = 0.75   # with bound traces: share of the steps that train answers
     wording: OneOf("fixed", "token", "statement", "trace") = "fixed"  # ours [fixed]: synonyms in
     #   traces, drawn for each token, for each statement or for the whole trace
     n_train: Whole(1, 10 ** 7) = 40000  # training examples (on Beauty: at most)
@@ -56,21 +56,20 @@ class Config:
     every: Whole(1, MANY) = 100       # save, and show the valid rate, after so many steps
 
     # AR: the teacher
-    ar_steps: Whole(0, MANY) = 800
+    ar_steps: Whole(0, MANY) = 1500
     ar_lr: Real(0, 1) = 4e-3
 
     # The sampler: how students decode, chosen on validation users
     block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel, in training too
-    tau: Real(above=0, high=1) = 0.5  # commit what is surer; can be changed after training
+    tau: Real(above=0, high=1) = 0.3  # commit what is surer; can be changed after training
     commit: OneOf("apart", "threshold") = "apart"  # ours [threshold]: slots that want the same
     #   label are not committed together
 
     # CFT: conversion fine-tuning
-    cft_steps: Whole(0, MANY) = 1000
+    cft_steps: Whole(0, MANY) = 3000
     cft_lr: Real(0, 1) = 2e-3
     cft_gold: Switch() = True      # train on the reference orders; false: on the teacher's own
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
-    cft_states: Whole(1, 64) = 3   # ours [1]: states of each block in one forward pass
     cft_first_steps: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
     cft_ar_weight: Real(0) = 1.0   # ours [0]: weight of the AR loss in the mix
 
@@ -117,10 +116,10 @@ SMALL = dict(
     **BEAUTY,
     d_model=128,
     warmup=100,
+    answer_share=0.67,
     block_size=64,  # a whole trace, with its [EOS]
-    tau=0.3,
-    ar_steps=2000,
-    cft_steps=1000,
+    ar_steps=3000,
+    cft_steps=3500,
     opd_steps=100,
     rl_steps=60)
 # Few responses of the teacher to learn from: here OPD is needed (docs/regimes.md).
@@ -140,7 +139,6 @@ PAPER = dict(  # without what is ours
     trace="free",
     wording="fixed",
     commit="threshold",
-    cft_states=1,
     cft_first_steps=0.0,
     cft_ar_weight=0.0,
     opd_anchor=0.0,
@@ -174,9 +172,10 @@ PRESETS = {
         batch_size=128,
         block_size=64,
         tau=0.2,
-            ar_steps=1500,
+        answer_share=0.67,
+        ar_steps=2500,
         ar_lr=1e-3,
-        cft_steps=500,
+        cft_steps=1500,
         cft_lr=1e-3,
         opd_steps=40,
         rl_steps=30,

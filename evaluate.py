@@ -48,12 +48,11 @@ class Options:
     show: Whole(0, 10 ** 6) = 0  # print so many test users, and what AR and the student wrote
     seeds: Text() = ""           # seeds that are averaged, such as 0,1,2; empty: that of --seed
     eval_split: OneOf("test", "val") = "test"  # val, to choose settings: writes report_val.json
-    eval_taus: Numbers(above=0, high=1) = (0.3, 0.7, 0.9, 1.0)  # the curve, beside tau itself
+    eval_taus: Numbers(above=0, high=1) = (0.5, 0.7, 0.9)  # of the curve, beside tau itself
     eval_curve_users: Whole(1, 10 ** 9) = 200  # users on the curve; the table has all
     eval_speed_seconds: Real(0, 3600) = 4.0    # spent on speed at each batch size
 
-    PRESETS = {"small": dict(eval_taus=(0.2, 0.7, 0.9, 1.0), eval_curve_users=300),
-               "full": dict(eval_taus=(0.9, 0.95, 1.0), eval_curve_users=1000)}
+    PRESETS = {"small": dict(eval_curve_users=300), "full": dict(eval_curve_users=1000)}
 
 
 # --- Metrics ----------------------------------------------------------------------------------
@@ -114,13 +113,16 @@ def paired_bootstrap(a, b):
     Users are drawn with replacement, and the mean is taken anew each time. a and b are paired:
     what makes a user hard for both cancels."""
     difference = a - b                                            # (N,)
-    means = resampled(len(difference)) @ difference / len(difference)  # (n_draws,)
+    counts = resampled(len(difference))                           # (n_draws, N)
+    means = counts @ difference.astype(np.float32) / len(difference)  # (n_draws,)
     low, high = np.quantile(means, [0.025, 0.975])
     return [float(low), float(difference.mean()), float(high)]
 
 
+@functools.cache
 def t_quantile(df):
-    """The t for which a variable T of Student's distribution lies in [-t, t] with probability .95.
+    """The t for which a variable T of Student's distribution with df degrees of freedom lies in
+    [-t, t] with probability .95.
 
     With T = sqrt(df) tan(angle), the density of the angle is proportional to
     cos(angle)^(df - 1). So the angle can be read off its cumulative sum."""
@@ -128,7 +130,7 @@ def t_quantile(df):
     middle = (angle[1:] + angle[:-1]) / 2
     density = np.cos(middle) ** (df - 1)
     up_to = np.append(0, np.cumsum(density)) / density.sum()      # P(|T| <= sqrt(df) tan(angle))
-    return df ** 0.5 * np.tan(np.interp(0.95, up_to, angle))
+    return float(df ** 0.5 * np.tan(np.interp(0.95, up_to, angle)))
 
 
 def paired_interval(difference):
@@ -137,14 +139,14 @@ def paired_interval(difference):
     high are None.
 
     One seed: the bootstrap over users. k seeds: other users and other seeds would both give
-    another mean, so its variance has two parts,
+    another mean, so its variance has two parts. Each is known from so few values that it gets the
+    quantile of Student's t for its own degrees of freedom; two seeds have 12.7 instead of 1.96.
 
-        users   the variance of the mean over seeds, over n users:  var / n
-        seeds   the variance of the k means over users:             s^2 / k
+        users   variance over users of the mean over seeds, / n
+        seeds   variance over seeds of the mean over users, / k, less what noise adds to it
+        side    sqrt(t(n - 1)^2 users + t(k - 1)^2 seeds)
 
-    s^2 is known badly from a few seeds. Student's t makes up for that, with as many degrees of
-    freedom as Satterthwaite's rule gives to a sum of two estimated variances. How often the
-    interval holds the true value is simulated in tests/test_evaluate.py."""
+    How often this holds the true value is simulated in tests/test_evaluate.py."""
     k, n = difference.shape
     n_differ = int((difference != 0).any(0).sum())
     mean = float(difference.mean())
@@ -152,10 +154,13 @@ def paired_interval(difference):
         return [None, mean, None], n_differ
     if k == 1:
         return paired_bootstrap(difference[0], 0.0), n_differ
-    users = difference.mean(0).var(ddof=1) / n
-    seeds = difference.mean(1).var(ddof=1) / k
-    df = (users + seeds) ** 2 / (users ** 2 / (n - 1) + seeds ** 2 / (k - 1))
-    side = float(t_quantile(df) * (users + seeds) ** 0.5)
+    of_user = difference.mean(0)                                  # (N,)
+    of_seed = difference.mean(1)                                  # (k,)
+    rest = difference - of_user - of_seed[:, None] + mean         # what neither explains
+    noise = (rest ** 2).sum() / ((k - 1) * (n - 1)) / (k * n)     # its variance in the mean
+    users = of_user.var(ddof=1) / n
+    seeds = max(0.0, of_seed.var(ddof=1) / k - noise)
+    side = float(t_quantile(n - 1) ** 2 * users + t_quantile(k - 1) ** 2 * seeds) ** 0.5
     return [mean - side, mean, mean + side], n_differ
 
 
@@ -196,8 +201,8 @@ def evaluate_row(cfg, options, world, row, model):
     n = min(options.eval_curve_users, len(world.test))
     # The table's tau is a point of the curve too: its first users need not be decoded again.
     curve = [dataclasses.replace(in_table, scores=first_users(in_table.scores, n), on_curve=True)]
-    curve += [result(n, tau, True) for tau in sorted(set(options.eval_taus) - {cfg.tau})]
-    return [in_table, *curve]
+    curve += [result(n, tau, True) for tau in set(options.eval_taus) - {cfg.tau}]
+    return [in_table, *sorted(curve, key=lambda point: point.tau)]
 
 
 def evaluate_seed(cfg, options, world):
@@ -234,7 +239,8 @@ def main(cfg, options):
     print("\n" + summary(report), flush=True)  # first: a full disk must not cost the table
     name = "report" if options.eval_split == "test" else "report_val"
     write_report(cfg, name, report)
-    draw_figures(cfg, name, report)
+    if options.eval_split == "test":
+        draw_figures(cfg, report)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def attend(q, k, v, mask):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, eq. 34): x (N, H, T, hd), cos and sin (N or 1, 1, T, hd / 2).
+    """Rotary positions (RoFormer, eq. 34): x (..., N, H, T, hd), cos, sin (N or 1, 1, T, hd / 2).
 
     Each plane (i, i + hd / 2) turns by its position's angle, so a dot product of two rotated
     vectors depends on the distance between their positions only."""
@@ -94,9 +94,9 @@ class Layer(nn.Module):
         N, T, d = x.shape
         qkv = self.qkv(self.norm1(x))                             # (N, T, 3 d)
         qkv = qkv.view(N, T, 3, self.n_head, d // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                      # (N, H, T, hd) each
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                          # (3, N, H, T, hd)
+        q, k = rotate(qkv[:2], cos, sin)                          # (N, H, T, hd) each
+        v = qkv[2]
         if cache is not None:
             k, v = cache.append(number, k, v)                     # (N, H, S, hd)
         y = attend(q, k, v, mask)                                 # (N, H, T, hd)

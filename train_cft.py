@@ -58,8 +58,8 @@ def cft_loss(cfg, model, prompt, response, rng):
     token_weight = token_weights(clean, cfg.answer_weight)        # (N, R')
     token_weight = token_weight.masked_fill(is_fill, 1.0)
 
-    # 1. Draw states of every block: which slots are masked, and their weights.
-    block = every_block(clean, B).repeat(1, cfg.cft_states)       # (N, M)
+    # 1. Draw a state of every block: which slots are masked, and their weights.
+    block = every_block(clean, B)                                 # (N, M)
     masked, noise_weight = draw_noise(block, B, cfg.cft_first_steps, rng)  # (N, M, B) each
 
     # 2. Show the states.
@@ -73,7 +73,7 @@ def cft_loss(cfg, model, prompt, response, rng):
     with autocast(cfg, prompt.device):
         from_left, hidden = read_blocks(model, prompt, clean, noised, block)
         total = weighted_nats(model, hidden[asked], target[asked], weight[asked])
-        loss = total / (token_weight.sum() * cfg.cft_states)
+        loss = total / token_weight.sum()
 
         # 4. Ours: the same forward has read the clean text from the left, as AR does.
         if cfg.cft_ar_weight:

@@ -3,48 +3,73 @@
     python experiments/own_world.py --data_dir my/data --config toy    # typed again, it goes on
 
 my/data/sequences.txt has a user a line: an id, then item ids in time order. The last item is the
-test target, the one before it the validation target; those before are for training.
+test target, the one before it the validation target; those before are for training. Users with
+fewer than three items are left out, and so are empty lines.
 
     prompt   <history> pop:5 pop:2 pop:4  <candidates> L1 1st:1 2nd:0 3rd:1 pop:3  L2 1st:2 ...
     trace    <profile> pop:5  L1 best:1 links:2 pop:3  L2 best:2 links:1 pop:4
     answer   <answer> L2 L1 [EOS]
 
-1st, 2nd, 3rd: how many users have both the candidate and the last item of the history, the one
-before, the one before that; pop: how many have the item. Levels 0, 1, 2, 3, ... are 0, 1-2, 3-6,
-7-14, ... users. A trace sums up: the best level, how many are not 0, the history's highest pop.
-The reference order is a learned scorer's: each word of a trace has points. Output: runs/own/toy/
+1st, 2nd, 3rd: how often the candidate stands in a sequence together with the last item of the
+history, the one before, the one before that; pop: how often the item was taken. Both are counted
+over the training parts of all sequences, and who takes an item twice counts twice. Levels 0, 1, 2,
+3, ... are 0, 1-2, 3-6, 7-14, ... times. A trace sums up: the best level, how many are not 0, and
+the highest pop of the history. The reference order is a learned scorer's: each word of a trace has
+points. Output: runs/own/toy/
 """
-import os
 import sys
+from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plumbing.script import script  # noqa: E402  first: it sets how threads wait
+import dataclasses
+import os
 
-import dataclasses  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import evaluate, train_ar, train_cft, train_opd, train_rl, trainer  # noqa: E401, E402
-from beauty.amazon import read_lines, read_sequences  # noqa: E402
-from beauty.prerank import FOLDS, Counts, Histories, check_size, top_candidates  # noqa: E402
-from data import CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, World  # noqa: E402
-from plumbing.checkpoint import checksum  # noqa: E402
-from plumbing.settings import UserError  # noqa: E402
+import evaluate, train_ar, train_cft, train_opd, train_rl, trainer
+from beauty.amazon import read_lines
+from beauty.prerank import FOLDS, K, Counts, Histories, check_size, top_candidates
+from data import CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, World
+from plumbing.checkpoint import checksum
+from plumbing.script import script
+from plumbing.settings import UserError
 
 WORDS, LEVELS = ("1st", "2nd", "3rd", "best", "links", "pop"), 8  # evidence: 1st:0, ..., pop:7
+
+
+def read(path):
+    """The items of all users with three or more: lists of names, oldest first."""
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}: name the folder of sequences.txt with --data_dir")
+    users = {}
+    for number, line in read_lines(path):
+        name, *items = line.split() or [""]
+        if name in users:
+            raise UserError(f"{path}, line {number}: the user {name} is there twice: keep one of "
+                            "the two lines")
+        if name:
+            users[name] = items
+    sequences = [items for items in users.values() if len(items) >= 3]
+    if not sequences:
+        raise UserError(f"{path} has no user with 3 or more items: use longer sequences")
+    print(f"{path}: {len(sequences)} users; {len(users) - len(sequences)} with fewer than 3 items "
+          "are left out")
+    return sequences
 
 
 def find(cfg, older, counts, sequences, user, length):
     """Lists after the first length (N,) items of users (N,): the fields of a Split, unordered."""
     def level(n):
         return np.log2(n + 1).astype(int).clip(max=LEVELS - 1)
+
     start = np.cumsum([0, *map(len, sequences)])[user]
     histories = Histories(np.concatenate(sequences), start, length)
     items = top_candidates(older, histories)[:, :cfg.n_candidates]   # (N, K)
-    hit = items == histories.flat[start + length][:, None]           # is it the next item?
+    hit = items == histories.next_item()[:, None]                    # (N, K)
     last = histories.recent(3)                                       # (N, 3) items, -1: none
-    both = counts.C.numpy()[last[..., None], items[:, None]]         # (N, 3, K) users
+    both = counts.C.numpy()[last[..., None], items[:, None]]         # (N, 3, K) times
     links = level(both * (last >= 0)[..., None])
     zero = {word: LABEL + cfg.n_labels + LEVELS * i for i, word in enumerate(WORDS)}
     pop = zero["pop"] + level(counts.cnt)                            # a token for every item
@@ -68,8 +93,8 @@ def put_in_order(splits, n_words):
     optimizer = torch.optim.Adam([points], 0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        nats = torch.nn.functional.cross_entropy(points[said[0]].sum(-1), target, ignore_index=-1)
-        nats.backward()
+        score = points[said[0]].sum(-1)                              # (N, K)
+        torch.nn.functional.cross_entropy(score, target, ignore_index=-1).backward()
         optimizer.step()
     for split, words in zip(splits, said):
         score = (100 * points.detach()).round()[words].sum(-1)       # (N, K), whole numbers
@@ -78,11 +103,12 @@ def put_in_order(splits, n_words):
 
 def own_world(cfg):
     path, rng = os.path.join(cfg.data_dir, "sequences.txt"), np.random.default_rng(0)
-    ids = sorted({item for _, line in read_lines(path) for item in line.split()[1:]})
+    if cfg.n_candidates > K:
+        raise UserError(f"--n_candidates can be at most {K} here, not {cfg.n_candidates}")
+    named = read(path)
+    ids = sorted({item for items in named for item in items})
     index = dict(zip(ids, rng.permutation(len(ids))))  # shuffled: ids may tell what goes together
-    sequences = [np.array(s) for s in read_sequences(path, index) if len(s) >= 3]
-    if not sequences:
-        raise UserError(f"{path} has no user with 3 or more items; use longer sequences")
+    sequences = [np.array([index[item] for item in items]) for items in named]
     check_size(sequences, len(ids))
     cut = {c: Counts(sequences, len(ids), c) for c in (1, 2, 3)}  # without the last c items
     n, parts, splits = np.array([len(s) for s in sequences]), [[], [], []], []

@@ -11,10 +11,14 @@ would write there. The draft is accepted up to the first difference, where AR's 
 The rest of a draft is kept, since any draft will do. In an answer AR's label changes places with
 the label that it replaces, so a ranking stays a ranking.
 """
+import math
+
 import torch
+import torch.nn.functional as F
 
 from data import EOS, MASK, PAD, in_answer
-from model import KVCache, causal_mask, pad_left
+from diffusion import read_blocks, take_blocks
+from model import KVCache, causal_hidden, causal_mask, pad_left
 from sampler import NEVER, Decoded, block_decode
 
 
@@ -65,9 +69,83 @@ def lossless_decode(model, prompt, max_len, block_size, rule):
         finished = ((draft == EOS) & accepted).any(1) | accepted.all(1)   # (n,)
         rows, cache = rows[~finished], cache.take(~finished)
 
-    is_end = text == EOS
-    after = is_end.cumsum(1) - is_end.long() > 0
-    tokens = text.masked_fill(after, PAD)
-    filled = text.masked_fill(after, MASK)
-    step = torch.where(after, NEVER, 0)
+    filled = up_to_end(text)
+    tokens = filled.masked_fill(filled == MASK, PAD)
+    step = torch.where(filled == MASK, NEVER, 0)
     return Decoded(tokens, filled, step, torch.zeros_like(tokens, dtype=torch.float), forwards, 1)
+
+
+# --- At a temperature ---------------------------------------------------------------------------
+
+def accept(x, q, p, rng):
+    """Accepts or rejects tokens x (N, B) from the left that were drawn from q (N, B, V), where AR
+    has p (N, B, V): how many are accepted (N, 1), and AR's token at the first that is not (N, 1).
+
+    x is accepted with probability min(1, p(x) / q(x)). If it is rejected, another token is drawn
+    from what q lacks, max(p - q, 0). Together this is a draw from p (speculative sampling, arXiv
+    2211.17192): q(x) min(1, p(x) / q(x)) + (mass rejected) x (share of the rest) = p(x)."""
+    of_x = x[..., None]                                           # (N, B, 1)
+    p_x, q_x = p.gather(-1, of_x)[..., 0], q.gather(-1, of_x)[..., 0]   # (N, B)
+    u = torch.rand(p_x.shape, generator=rng, device=p.device)
+    accepted = u * q_x < p_x
+    n = accepted.long().cumprod(1).sum(1, keepdim=True)           # (N, 1)
+    place = n.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, p.shape[-1])
+    p, q = p.gather(1, place)[:, 0], q.gather(1, place)[:, 0]     # (N, V)
+    rest = torch.maximum(p - q, 1e-9 * p)  # never 0 everywhere, whatever the rounding
+    return n, torch.multinomial(rest, 1, generator=rng)
+
+
+@torch.no_grad()
+def lossless_sample(model, prompt, max_len, block_size, sampling):
+    """Draws responses from AR's distribution at a temperature: prompt (N, P) -> tokens (N, max_len),
+    [PAD] after the first [EOS]. Plain, without a cache.
+
+    A draft fills one block in one step. So its tokens are independent of each other given the
+    text before them, as speculative sampling needs: no token has seen another to its right."""
+    N, B = len(prompt), min(block_size, max_len)
+    R = math.ceil(max_len / B) * B
+    text = prompt.new_full((N, R), MASK)                          # what is accepted, then [MASK]
+    slot = torch.arange(R, device=prompt.device)                  # (R,)
+    while True:
+        n = (text != MASK).sum(1, keepdim=True)                   # (N, 1) accepted tokens
+        ended = (text == EOS).any(1, keepdim=True) | (n == R)
+        if ended.all():
+            break
+        block = n.clamp(max=R - 1) // B                           # (N, 1) the block to draft
+        state = take_blocks(text, block, B)                       # (N, 1, B)
+        clean = text.masked_fill(text == MASK, EOS)               # no prediction sees the filling
+        _, hidden = read_blocks(model, prompt, clean, state, block)
+        q = tempered(model, hidden[:, 0], sampling)               # (N, B, V)
+        known = state[:, 0]                                       # (N, B)
+        q = torch.where((known == MASK)[..., None], q, one_hot(known, q))
+        x = torch.multinomial(q.flatten(0, 1), 1, generator=sampling.generator).view(N, B)
+
+        # AR's distributions over the draft; what is known already is accepted as it is.
+        here = slot // B == block                                 # (N, R)
+        draft = clean.masked_scatter(here, x)
+        hidden = causal_hidden(model, prompt, draft)              # (N, R, d)
+        p = tempered(model, take_blocks(hidden, block, B)[:, 0], sampling)
+        p = torch.where((known == MASK)[..., None], p, one_hot(known, p))
+        n_here, token = accept(x, q, p, sampling.generator)       # (N, 1) each
+        n_new = block * B + n_here
+        new = torch.where(slot < n_new, draft, MASK)
+        new = torch.where((slot == n_new) & (n_here < B), token, new)
+        text = torch.where(ended, text, up_to_end(new))
+    text = text[:, :max_len]
+    return text.masked_fill(text == MASK, PAD)
+
+
+def tempered(model, hidden, sampling):
+    """What tokens are drawn from: hidden (..., d) -> probabilities (..., V)."""
+    return (model.logits(hidden) / sampling.temperature).softmax(-1)
+
+
+def one_hot(token, like):
+    """Probabilities like those given, (..., V), all on the tokens (...)."""
+    return F.one_hot(token, like.shape[-1]).to(like.dtype)
+
+
+def up_to_end(text):
+    """Text (N, R) with [MASK] after its first [EOS]."""
+    is_end = text == EOS
+    return text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)

@@ -4,7 +4,6 @@ The figures come last and cannot cost the table: one that fails is a sentence on
 """
 import os
 import sys
-import textwrap
 import warnings
 
 import numpy as np
@@ -27,10 +26,10 @@ def pyplot():
     return plt
 
 
-def draw_figures(cfg, name, report):
+def draw_figures(cfg, report):
     """Draws all figures of a report into runs/<config>/, and raises nothing."""
-    for what, draw in (("tradeoff", tradeoff_figure), ("speed", speed_figure)):
-        path = folder(cfg, f"{name}_{what}.png")
+    for name, draw in (("tradeoff.png", tradeoff_figure), ("speed.png", speed_figure)):
+        path = folder(cfg, name)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a narrow margin
@@ -91,7 +90,8 @@ def speed_figure(report):
 
 # --- The animated picture ---------------------------------------------------------------------
 
-CELL, HEIGHT, ACROSS = 108, 30, 8  # pixels of a slot, slots in a line
+CELL, HEIGHT, ACROSS = 88, 30, 10  # pixels of a slot, slots in a line
+MOST = 11                           # characters of a word
 
 
 def write_gif(path, user, written, milliseconds=900):
@@ -117,16 +117,20 @@ def frame(user, written, done):
         places[slot] = column, line
         column += 1
 
-    image = Image.new("RGB", (ACROSS * CELL + 8, (line + 2) * HEIGHT + 8), "white")
+    size = ACROSS * CELL + 8, (line + 2) * HEIGHT + 6 * int(block) + 8
+    image = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     draw.text((8, 8), f"after {done} of {len(written.ends)} forwards", "black", font)
     for slot, (column, line) in places.items():
-        x, y = 4 + column * CELL, 4 + (line + 1) * HEIGHT
+        x = 4 + column * CELL
+        y = 4 + (line + 1) * HEIGHT + 6 * written.block[slot]
         forward = written.forward[slot]
         there = forward < done
         hue = 200 + 150 * forward / max(1, len(written.ends) - 1)
         fill = ImageColor.getrgb(f"hsl({hue:.0f}, 70%, 82%)") if there else "#dddddd"
         draw.rounded_rectangle((x, y, x + CELL - 4, y + HEIGHT - 4), 4, fill)
-        text = textwrap.shorten(user.words[written.tokens[slot]], 14, placeholder="…")
-        draw.text((x + 6, y + 4), text if there else "[MASK]", "black" if there else "#888", font)
+        word = user.words[written.tokens[slot]]
+        if len(word) > MOST:
+            word = word[:MOST - 1] + "…"
+        draw.text((x + 6, y + 4), word if there else "[MASK]", "black" if there else "#888", font)
     return image

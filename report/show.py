@@ -48,9 +48,9 @@ def lines_of(user, number, responses):
         lines += ["", shown + star(user, about)]
         for written in responses:
             lines += statements_about(user, written, about)
-    lines += ["", "other statements"] * any(other_statements(user, r) for r in responses)
-    for written in responses:
-        lines += other_statements(user, written)
+    others = [line for written in responses for line in other_statements(user, written)]
+    if others:
+        lines += ["", "statements about nothing that is listed", *others]
     lines += ["", "answer"]
     for written in responses:
         lines += answer_lines(user, written)
@@ -91,7 +91,9 @@ def answer_lines(user, written):
     words = []
     for slot in answer_slots(written):
         text = token_text(user, written, slot) + star(user, written.tokens[slot])
-        words.append(text + f" ({wrong[slot]})" * (slot in wrong))
+        if slot in wrong:
+            text += f" ({wrong[slot]})"
+        words.append(text)
     text = " ".join(words) or "(no answer)"
     return wrapped(text, f"  {written.name:5} {MARKS[valid]} ")
 

@@ -65,8 +65,8 @@ CURVE_SHOWN = [
     ("faithful", "faithful", ".1%"),
     ("forwards", "forwards", ".1f"),
     ("tokens a forward", "tokens_per_forward", ".2f")]
-IN_TERMINAL = ("stage", "R@1", "N@10", "share of gain", "valid", "faithful", "identity",
-               "forwards", "tokens a forward", "× AR, batch 1")
+IN_TERMINAL = ("stage", "R@1", "N@10", "share of gain", "valid", "faithful", "forwards",
+               "tokens a forward", "× AR, batch 1")
 NOTHING = "–"
 
 
@@ -144,8 +144,9 @@ def make_row(seed, group, results, interval):
     for name in COMPARED:
         found = {own: interval(differences(group, results, name, score))
                  for own, score in COMPARISONS.items() if partners(group, results, name)}
-        row[f"diff_to_{name}"] = {own: both[0] for own, both in found.items()} or None
-        row[f"differ_from_{name}"] = {own: both[1] for own, both in found.items()} or None
+        key = name.replace(" ", "_")
+        row[f"diff_to_{key}"] = {own: both[0] for own, both in found.items()} or None
+        row[f"differ_from_{key}"] = {own: both[1] for own, both in found.items()} or None
 
     row["times"] = {key: mean_of([result.times.get(key) for result in group])
                     for key in first.times}
@@ -305,22 +306,35 @@ def mean_rows(report):
     return [row for row in report["rows"] if row["seed"] == "mean"]
 
 
+def listed(seeds):
+    return ", ".join(map(str, seeds))
+
+
 def seeds_of_rows(report):
     """A sentence about the rows that are the mean of fewer seeds than the report; or nothing."""
-    fewer = [f"{row['stage']} of {', '.join(map(str, row['seeds']))}" for row in mean_rows(report)
+    fewer = [f"{row['stage']} of {listed(row['seeds'])}" for row in mean_rows(report)
              if row["seeds"] and row["seeds"] != report["seeds"]]
     if not fewer:
         return ""
-    return ("Not all rows are of all seeds: " + "; ".join(fewer) + ". A difference is always "
-            "between the same seeds.")
+    return (f"Not all rows are of all seeds: {'; '.join(fewer)}. A difference is always between "
+            "the same seeds.")
+
+
+def same_text(report):
+    """A sentence on whether lossless ranks as own ar does; or nothing."""
+    for row in mean_rows(report):
+        if row["stage"] == "lossless":
+            return (" *lossless* writes the text of *own ar*: the N@10 of "
+                    f"{row['differ_from_own_ar']['ndcg@10']} users differs.")
+    return ""
 
 
 def heading(report):
     """What was evaluated, and how it was decoded."""
     cfg = report["settings"]
-    seeds = ", ".join(map(str, report["seeds"]))
+    seeds = ("seed " if len(report["seeds"]) == 1 else "seeds ") + listed(report["seeds"])
     return (f"{report['dataset']} ({report['config']}): {report['n_users']} {report['split']} "
-            f"users, seed {seeds}; block size {cfg['block_size']}, commit rule {cfg['commit']}, "
+            f"users, {seeds}; block size {cfg['block_size']}, commit rule {cfg['commit']}, "
             f"tau {cfg['tau']}; strict scores")
 
 
@@ -333,7 +347,7 @@ def markdown(report):
         "means over users and seeds. *N@10 − AR* has its 95 % interval over users and, of several "
         "seeds, over seeds; where fewer than 50 users differ there is none. *share of gain*: the "
         "gain in N@10 over the incoming order, as a share of AR's. *identity*: answers that repeat "
-        f"the incoming order. Speed is that of {report['device']}, timed in turn with ar on the "
+        f"the incoming order.{same_text(report)} Speed is that of {report['device']}, timed in turn with ar on the "
         "same prompts. Only ar, cft and lossless are timed: opd and rl are models of the same "
         "shape as cft, decoded by the same sampler, so a forward takes as long.",
         seeds_of_rows(report),
@@ -350,11 +364,11 @@ def markdown(report):
 def summary(report):
     """The table for a terminal of 80 columns."""
     columns = [column for column in STAGES_SHOWN if column[0] in IN_TERMINAL]
-    titles = [textwrap.wrap(title, 9) for title, _, _ in columns]
+    titles = [textwrap.wrap(title, 8) for title, _, _ in columns]
     depth = max(map(len, titles))
     lines = [[lines[i] if i < len(lines) else "" for lines in titles] for i in range(depth)]
     for row in mean_rows(report):
-        lines.append([cell(row, keys, form) for _, keys, form in columns])
+        lines.append([cell(row, keys, form.replace(".2%", ".1%")) for _, keys, form in columns])
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     text = []
     for first, *others in lines:

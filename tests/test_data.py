@@ -9,7 +9,7 @@ import torch
 import toy.world
 from config import Config
 from conftest import gen
-from data import (ANSWER, EOS, LABEL, MASK, PAD, PROFILE, Examples, Split, answer_labels, as_prompt,
+from data import (ANSWER, EOS, LABEL, PAD, PROFILE, Examples, Split, answer_labels, as_prompt,
                   draw_examples, draw_list_lengths, draw_rows, examples_of, faithfulness, in_answer,
                   joined, pack, parse_answers, responses, tensors, token_weights)
 from toy.world import (TOY_EXPERT, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_oracle, toy_split,
@@ -351,14 +351,3 @@ def test_only_training_lists_vary_in_length_over_the_whole_range(world):
         each = np.bincount(lengths, minlength=K + 1)[CFG.min_list:] / 4000
         assert np.abs(each[:-1] - 0.2 * share).max() < 0.03
         assert abs(each[-1] - (1 - 0.8 * share)) < 0.03
-
-
-def test_words_are_distinct_and_tokens_are_in_the_vocabulary(world):
-    assert len(set(world.words)) == len(world.words) and world.words[LABEL] == "L1"
-    special = [world.words[t] for t in (PAD, MASK, EOS, PROFILE)]
-    assert special == ["[PAD]", "[MASK]", "[EOS]", "<profile>"]
-    for split in splits_of(world):
-        for tokens in (split.prompt, split.response):
-            assert tokens.min() >= 0 and tokens.max() < len(world.words) and MASK not in tokens
-        filled = split.prompt != PAD  # padded on the left
-        assert (np.sort(filled, axis=1) == filled).all() and filled[:, -1].all()

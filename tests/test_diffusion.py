@@ -20,8 +20,7 @@ from train_cft import cft_loss
 
 
 def cft_settings(**changes):
-    paper = {"cft_first_steps": 0.0, "cft_ar_weight": 0.0, "cft_states": 1}
-    return Config(**{"bfloat16": False, **paper, **changes})
+    return Config(**{"bfloat16": False, "cft_first_steps": 0.0, "cft_ar_weight": 0.0, **changes})
 
 
 # --- One forward over the prompt, the clean text and segments ---------------------------------
@@ -155,8 +154,8 @@ def test_the_mean_of_the_loss_over_its_draws_is_the_enumerated_bound():
     A, E = ANSWER, EOS
     response = torch.tensor([[4, A, 5, 8, 6, 3, E], [A, 9, E, PAD, PAD, PAD, PAD]])
     whole = torch.tensor([[4, A, 5, 8, 6, 3, E, 9], [A, 9, 4, E, PAD, PAD, PAD, PAD]])
-    for text, B, share, answer_weight, states in (
-            (response, 3, 0.0, 1.0, 1), (response, 4, 0.4, 2.5, 3), (whole, 4, 0.3, 3.0, 1)):
+    for text, B, share, answer_weight in ((response, 3, 0.0, 1.0), (response, 4, 0.4, 2.5),
+                                          (whole, 4, 0.3, 3.0)):
         model, prompt = tiny_gpt(), left_padded([2, 4])
         model.embed.weight *= 0.5  # less peaked: the mean of fewer draws is near
         exact = count = 0.0
@@ -168,8 +167,7 @@ def test_the_mean_of_the_loss_over_its_draws_is_the_enumerated_bound():
             weight = torch.tensor(weights + [1.0] * n_fill, dtype=torch.float64)
             exact += enumerated_loss(model, prompt[n, -length:], filled, weight, B, share)
             count += weight.sum()
-        cfg = cft_settings(block_size=B, cft_first_steps=share, answer_weight=answer_weight,
-                           cft_states=states)
+        cfg = cft_settings(block_size=B, cft_first_steps=share, answer_weight=answer_weight)
         many = prompt.repeat(150, 1), text.repeat(150, 1)
         draws = torch.stack([cft_loss(cfg, model, *many, gen(seed)) for seed in range(30)])
         error = draws.std() / 30 ** 0.5
@@ -182,12 +180,11 @@ def test_the_loss_is_divided_by_the_number_of_tokens_and_not_by_the_weights_draw
     model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 9, seed=1)
     response[response == ANSWER] = 8
     model.embed.weight.zero_()  # every token costs log(V - 2)
-    for states in (1, 2):
-        cfg = cft_settings(block_size=3, cft_states=states)
-        weight = draw_noise(every_block(response, 3).repeat(1, states), 3, 0.0, gen(1))[1]
-        mean = weight.double().sum() / (states * response.numel())
-        close(cft_loss(cfg, model, prompt, response, gen(1)), math.log(VOCAB - 2) * mean, 1e-5)
-        assert (mean - 1).abs() > 0.01
+    weight = draw_noise(every_block(response, 3), 3, 0.0, gen(1))[1]
+    mean = weight.double().sum() / response.numel()
+    close(cft_loss(cft_settings(block_size=3), model, prompt, response, gen(1)),
+          math.log(VOCAB - 2) * mean, 1e-5)
+    assert (mean - 1).abs() > 0.01
 
 
 @torch.no_grad()
@@ -204,8 +201,7 @@ def test_ar_is_block_size_one_and_the_part_of_the_mix_that_reads_from_the_left()
         exact = (nats * weight).sum() / weight.sum()
         close(ar_loss(cfg, model, prompt, response), exact, 1e-6)
         for share in (0.0, 0.5):
-            one = cft_settings(block_size=1, answer_weight=answer_weight, cft_first_steps=share,
-                               cft_states=2)
+            one = cft_settings(block_size=1, answer_weight=answer_weight, cft_first_steps=share)
             close(cft_loss(one, model, prompt, response, gen()), exact, 1e-6)
         for B in (3, 4, 64):  # a block is no wider than the response
             without, mixed = (

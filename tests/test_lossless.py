@@ -1,11 +1,15 @@
-"""Lossless decoding: AR's text, whatever the draft, and each forward counted once, in float64."""
+"""Lossless decoding: AR's text or AR's distribution, whatever the draft; each forward counted once.
+
+All computations run in float64."""
+import itertools
+
 import torch
 
-from conftest import LENGTHS, left_padded, tiny_gpt
+from conftest import LENGTHS, gen, left_padded, tiny_gpt
 from data import ANSWER, EOS, LABEL, MASK, PAD
-from model import ar_decode, causal_hidden
+from model import Sampling, ar_decode, causal_hidden
 from ours.commit import Apart
-from ours.lossless import amend, lossless_decode
+from ours.lossless import amend, lossless_decode, lossless_sample
 from sampler import NEVER, Threshold, block_decode
 
 SMALL = LABEL + 4  # a vocabulary with four labels
@@ -81,3 +85,30 @@ def test_in_an_answer_the_label_of_ar_changes_places_with_the_one_it_replaces():
             ([A, L1, L2, L3, E, E], [A, L1, E, L3, E, E], [A, L1, E, L3, L2, L2], 3)):
         got, n = amend(torch.tensor([draft, best]), torch.tensor([best, best]))
         assert got.tolist() == [after, best] and n.tolist() == [[n_right], [len(best) + 1]]
+
+
+# --- At a temperature -------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_at_a_temperature_texts_have_the_distribution_of_ar():
+    n, temperature, tokens = 2500, 1.3, (EOS, 3, 4)
+    model = tiny_gpt(0, 5)
+    model.embed.weight *= 0.4
+    prompt = torch.tensor([[PAD, 3, 4, 4], [4, 3, 3, 4]])
+    texts = torch.tensor(list(itertools.product(tokens, repeat=4)))    # (81, 4)
+    for row, B in ((0, 2), (1, 4), (0, 16)):
+        hidden = causal_hidden(model, prompt[row].expand(81, -1), texts)
+        p = (model.logits(hidden) / temperature).softmax(-1).gather(-1, texts[..., None])[..., 0]
+        after = (texts == EOS).cumsum(1) - (texts == EOS).long() > 0
+        exact = {}  # [PAD] after the first [EOS]
+        for text, its_p in zip(texts.masked_fill(after, PAD), p.masked_fill(after, 1.0).prod(1)):
+            exact[tuple(text.tolist())] = float(its_p)
+        assert abs(sum(exact.values()) - 1) < 1e-9 and max(exact.values()) < 0.5
+
+        many = prompt[row].expand(n, -1)
+        counts = dict.fromkeys(exact, 0)
+        for text in lossless_sample(model, many, 4, B, Sampling(temperature, gen(row))).tolist():
+            counts[tuple(text)] += 1
+        often = [text for text in exact if exact[text] * n > 5]
+        chi2 = sum((counts[text] - n * exact[text]) ** 2 / (n * exact[text]) for text in often)
+        assert len(often) > 10 and abs(chi2 - len(often)) < 4 * (2 * len(often)) ** 0.5

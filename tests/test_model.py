@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import LENGTHS, VOCAB, close, gen, left_padded, naive_hidden, tiny_gpt, words
 from data import EOS, MASK, PAD
 from model import GPT, KVCache, Sampling, ar_decode, attend, causal_hidden, causal_mask, sample
-from sampler import Threshold, block_decode
 
 
 # --- The forward ------------------------------------------------------------------------------
@@ -117,25 +116,13 @@ def test_who_sees_whom_from_the_left_equals_loops():
 
 
 @torch.no_grad()
-def test_a_response_is_read_as_row_by_row_and_token_by_token():
+def test_a_response_is_read_as_row_by_row_and_token_by_token_without_padding():
     model, prompt, response = tiny_gpt(), left_padded(LENGTHS), words(len(LENGTHS), 7, seed=1)
     hidden = causal_hidden(model, prompt, response)
     for n, length in enumerate(LENGTHS):
         for i in range(7):
             alone = naive_hidden(model, prompt[n, -length:], response[n, :i], response[n, i:i + 1])
             close(hidden[n, i], alone[0])
-
-
-@torch.no_grad()
-def test_left_padding_changes_nothing():
-    model, prompt, response = tiny_gpt(), words(2, 4), words(2, 6, seed=1)
-    padded = F.pad(prompt, (3, 0), value=PAD)
-    close(causal_hidden(model, padded, response), causal_hidden(model, prompt, response))
-    for a, b in zip(ar_decode(model, padded, 8), ar_decode(model, prompt, 8)):
-        close(a, b)
-    a, b = (block_decode(model, p, 8, 3, Threshold(0.6)) for p in (padded, prompt))
-    close(a.logp, b.logp)
-    assert torch.equal(a.filled, b.filled)
 
 
 @torch.no_grad()

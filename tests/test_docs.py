@@ -1,0 +1,355 @@
+"""README and docs/: links lead somewhere, tables render, commands exist and run, figures are those of
+the files that they name.
+
+    python -m pytest tests/test_docs.py
+    python tests/test_docs.py     # after a new measurement: fills the tables again from results/
+
+A table introduced by "From [file](path):" copies some rows and columns of a table of that file.
+"""
+import functools
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config import PRESETS, Config
+from conftest import ROOT
+from make_beauty import make_beauty
+from plumbing.settings import parse_args, settings_of
+from scripts import EVALUATION, TINY
+
+ROOT = Path(ROOT)
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+PAGES = ["README.md", *DOCS]
+RUN = ["README.md", "docs/faq.md", "docs/beauty.md", "docs/own_requests.md"]  # commands are run
+CODE = [path.relative_to(ROOT).as_posix() for folder in (".", "beauty", "experiments", "plumbing")
+        for path in sorted(ROOT.glob(f"{folder}/*.py"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SOURCE = re.compile(r"From \[[^\]]*\]\(([^)]+)\):$")
+PROGRAMS = ("python", "python3", "make", "pytest", "torchrun")
+
+
+def read(path):
+    return (ROOT / path).read_text("utf-8")
+
+
+def without_code(text):
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
+
+
+def linked(page, target):
+    """The path, from the root, of a relative link on a page."""
+    return os.path.normpath(os.path.join(os.path.dirname(page), target))
+
+
+# --- Tables -----------------------------------------------------------------------------------
+
+def cells(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+
+
+def paragraphs(text):
+    return re.split(r"\n\s*\n", text)
+
+
+def tables_of(text):
+    """The tables of a page: [(head, rows)], cells as text. Fails where a table would not render."""
+    found = []
+    for paragraph in paragraphs(without_code(text)):
+        lines = paragraph.strip("\n").split("\n")
+        if not any(line.lstrip().startswith("|") for line in lines):
+            continue
+        assert all(re.fullmatch(r"\s*\|.*\|\s*", line) for line in lines), f"no row: {paragraph}"
+        head, rule, *rows = map(cells, lines)
+        assert set("".join(rule)) <= set("-:") and rows, f"a table cut in two: {paragraph[:200]}"
+        assert {len(row) for row in (rule, *rows)} == {len(head)}, f"cells: {paragraph[:200]}"
+        found.append((head, rows))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_render(page):
+    tables_of(read(page))
+
+
+def copied(path, head, rows):
+    """The rows of a page's table, with all cells taken from a table of the file at path that has
+    these columns and rows. The first cell names a row, or the first ones if it comes twice."""
+    for there, lines in tables_of(read(path)):
+        if not set(head[1:]) <= set(there[1:]):
+            continue
+        places = [0] + [there.index(name) for name in head[1:]]
+        lines = [[line[place] for place in places] for line in lines]
+        width = next((n for n in range(1, len(head)) if
+                      len({tuple(line[:n]) for line in lines}) == len(lines)), 1)
+        known = {tuple(line[:width]): line for line in lines}
+        if all(tuple(row[:width]) in known for row in rows):
+            return [known[tuple(row[:width])] for row in rows]
+    raise AssertionError(f"{path} has no table with the columns {head} and the rows "
+                         f"{[row[0] for row in rows]}")
+
+
+def filled(page):
+    """The text of a page with each of its tables as its source has it."""
+    blocks = re.split(r"(\n\s*\n)", read(page))
+    for i, block in enumerate(blocks):
+        if source := SOURCE.search(block):
+            lines = blocks[i + 2].strip("\n").split("\n")
+            head, *rows = [cells(line) for line in lines[:1] + lines[2:]]
+            rows = copied(linked(page, source[1]), head, rows)
+            blocks[i + 2] = "\n".join(lines[:2] + [f"| {' | '.join(row)} |" for row in rows])
+    return "".join(blocks).rstrip("\n") + "\n"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_their_files(page):
+    assert read(page) == filled(page), "python tests/test_docs.py fills the tables again"
+
+
+def test_a_table_of_measurements_in_the_readme_says_where_it_comes_from():
+    blocks = paragraphs(read("README.md"))
+    for before, block in zip(blocks, blocks[1:]):
+        if block.startswith("|") and re.search(r"\d\.\d", re.sub(r"`[^`]*`", "", block)):
+            said = before.startswith(("From the paper", "Computed"))
+            assert said or SOURCE.search(before), f"a table after '{before[-80:]}'"
+
+
+# --- Figures in sentences ---------------------------------------------------------------------
+
+def has_number(path, number):
+    """Does the file have this number, in JSON rounded to as many digits, or as a percentage?"""
+    numbers = re.findall(r"\d+\.?\d*", read(path))
+    if path.endswith(".md"):
+        return number in numbers
+    digits = len(number.partition(".")[2])
+    return float(number) in {round(scale * float(n), digits) for n in numbers for scale in (1, 100)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_in_sentences_are_those_of_the_files_they_name(page):
+    for block in re.split(r"\n\s*\n|\n(?=\s*(?:- |\d+\. ))", without_code(read(page))):
+        paths = [linked(page, target) for target in LINK.findall(block)]
+        paths = [path for path in paths if re.match(r"results/.*\.(md|json)$", path)]
+        if paths and not block.lstrip().startswith("|"):
+            plain = re.sub(r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)", " ", block)
+            for number in re.findall(r"(?<![\w.@])(\d*\.\d+|\d+(?= ?%))(?![\w.])", plain):
+                number = "0" + number if number.startswith(".") else number
+                assert any(has_number(path, number) for path in paths), (
+                    f"{page}: {number} of '{block[:80]}' is not in {', '.join(paths)}")
+
+
+def test_the_example_of_the_bound_is_computed():
+    text = " ".join(read("docs/bound.md").split())
+    a, b, b_given_a, a_given_b = (
+        float(re.search(rf"p\({name}\) = (\.\d+)", text)[1])
+        for name in ("a", "b", "b given a", "a given b"))
+    orders = [-math.log(a) - math.log(b_given_a), -math.log(b) - math.log(a_given_b)]
+    mean = sum(orders) / 2
+    exact = -math.log((a * b_given_a + b * a_given_b) / 2)
+    assert exact < mean
+    for number in (*orders, mean, exact):
+        assert f"{number:.3f}".lstrip("0") in text, number
+    # The masks, for the same block: t is drawn in the middle of many equal parts of (0, 1].
+    total = 0.0
+    for t in ((torch.arange(1000) + 0.5) / 1000).tolist():
+        both = -math.log(a) - math.log(b)
+        total += t * t * both / t + t * (1 - t) * (-math.log(a_given_b) - math.log(b_given_a)) / t
+    assert total / 1000 == pytest.approx(mean, abs=1e-6)
+
+
+# --- Words, links -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_lead_somewhere(page):
+    for target in LINK.findall(without_code(read(page))):
+        path, _, heading = target.partition("#")
+        path = linked(page, path) if path else page
+        if target.startswith("http"):
+            continue
+        assert (ROOT / path).exists(), f"{page}: there is no {path}"
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", without_code(read(path)), re.M)
+            anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert heading in anchors, f"{page}: {path} has no heading {heading}"
+    for path in re.findall(r"`([\w/]+\.py)`", read(page)):
+        assert (ROOT / path).exists(), f"{page}: there is no {path}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    seen, todo = set(), ["README.md"]
+    while todo:
+        page = todo.pop()
+        seen.add(page)
+        todo += {linked(page, target.split("#")[0]) for target in LINK.findall(read(page))
+                 } & set(PAGES) - seen
+    assert seen == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_speaks_of_nothing_that_its_reader_cannot_see(page):
+    assert not re.findall(r"(?i)(?<!\w)/(?:work|tmp|root|home)\b|\bsessions?\b", read(page))
+
+
+def test_the_glossary_is_one_table_and_has_every_term_once():
+    (head, rows), = tables_of(read("docs/glossary.md"))
+    terms = [row[0] for row in rows]
+    words = {word.lower() for term in terms for word in term.split(", ")}
+    assert len(set(terms)) == len(terms) and terms == sorted(terms, key=str.lower)
+    assert not {"structural gap", "distributional gap", "segment", "regime", "control", "group",
+                "advantage", "own ar", "first steps", "hit user", "replay", "token shift"} - words
+
+
+def test_the_settings_of_the_paper_are_those_of_its_preset():
+    default, paper = Config(), Config(**PRESETS["toy_paper"])
+    said = {tuple(cell.strip("`") for cell in row[:3]) for head, rows in tables_of(
+        read("docs/faq.md")) if head[:3] == ["setting", "toy", "toy_paper"] for row in rows}
+    differ = {(name, *(str(getattr(cfg, name)) for cfg in (default, paper))) for name in vars(paper)
+              if getattr(default, name) != getattr(paper, name) and not name.endswith("_steps")
+              or name == "cft_first_steps"}
+    assert said == {tuple(x.replace("True", "true").replace("False", "false") for x in row)
+                    for row in differ}
+
+
+# --- Commands ---------------------------------------------------------------------------------
+
+def commands(text):
+    """The commands of shell lines, lists of words: variables and loops are written out, and what
+    comes after a comment, a pipe or a redirection is left out."""
+    found, variables = [], {}
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$\{?(\w+)\}?", lambda m: variables.get(m[1], m[0]), line.strip(" !"))
+        if assigned := re.fullmatch(r"(\w+)=(?:\"([^\"]*)\"|(\S+))", line):
+            variables[assigned[1]] = assigned[2] or assigned[3]
+        lines = [line]
+        if loop := re.fullmatch(r"for (\w+) in (.+?); do (.+?); done", line):
+            lines = [loop[3].replace(f"${loop[1]}", value) for value in loop[2].split()]
+        for line in lines:
+            if not re.match(rf"(\w+=\S+ )*(\S*/)?({'|'.join(PROGRAMS)})\b", line):
+                continue
+            split = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+            split.whitespace_split = True
+            words = " ".join(map(shlex.quote, split)).split(" && ")
+            for part in words:
+                part = shlex.split(re.split(r" '[|&;<>]+'", part)[0])
+                part = [word for word in part if not re.match(r"\w+=", word) and word != "..."]
+                found.append([os.path.basename(part[0]), *part[1:]])
+    return found
+
+
+def printed(page):
+    """The commands of a page, or of the docstring of a file of code."""
+    text = read(page)
+    if page.endswith(".py"):
+        doc = (re.match(r'"""(.*?)"""', text, re.S) or [None, ""])[1]
+        return commands("\n".join(re.findall(r"^ {4,}(\S.*)$", doc, re.M)))
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.S | re.M)
+    inline = re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`\n]+)`", without_code(text))
+    return [words for part in (*blocks, "\n".join(inline)) for words in commands(part)]
+
+
+@functools.cache
+def parse(path, *options):
+    """Reads a script's command line as the script does, and does nothing else."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("plumbing.script.script", lambda main, doc, also=None: parse_args(doc, also=also))
+        m.setattr("plumbing.settings.check", lambda cfg: None)  # whether --from is there
+        run_script(m, path, options)
+
+
+def run_script(monkeypatch, path, options):
+    monkeypatch.setattr("sys.argv", [str(ROOT / path), *options])
+    monkeypatch.syspath_prepend(os.path.dirname(ROOT / path))
+    try:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, f"{path} {' '.join(options)}: exit code {stop.code}"
+
+
+def check_command(program, *words):
+    if program == "make":
+        targets = re.search(r"^\.PHONY: (.*)$", read("Makefile"), re.M)[1].split()
+        assert set(words) <= set(targets), f"make {' '.join(words)}"
+    elif words[0] == "-c":
+        compile(words[1], "a page", "exec")
+    elif program == "pytest" or words[0] == "-m":
+        if words[0] == "-m":
+            assert importlib.util.find_spec(words[1]), words[1]
+        for path in [word for word in words if word.endswith((".py", ".txt", "tests"))]:
+            assert (ROOT / path).exists(), f"there is no {path}"
+    else:
+        place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert (ROOT / words[place]).exists(), f"there is no {words[place]}"
+        if "    script(main" in read(words[place]):
+            parse(*words[place:])
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CODE])
+def test_commands_name_files_and_options_that_exist(page):
+    for words in printed(page):
+        check_command(*words)
+
+
+def recipe(target):
+    """The commands of a target of the Makefile."""
+    text = read("Makefile")
+    of_target = re.search(rf"^(?:[\w ]* )?{target}(?: [\w ]*)?: \.venv/ready\n((?:\t.*\n)+)", text, re.M)
+    values = dict(re.findall(r"^(?:\w+: )?(RUN|PAPER) = (.*)$", text, re.M))
+    values |= dict(re.findall(rf"^{target}: (CONFIG) = (.*)$", text, re.M))
+    return commands(re.sub(r"\$\((\w+)\)", lambda m: values[m[1]], of_target[1].replace("\t", "")))
+
+
+def test_commands_run_as_they_stand(tmp_path, monkeypatch):
+    """Those of the Makefile, then those of the pages in RUN, in a folder of its own, tiny."""
+    monkeypatch.chdir(tmp_path)
+    make_beauty("data/beauty", n_users=120)
+    make_beauty("my/data", n_users=120)
+    request = b'{"history": [16, 20, 31], "candidates": [5, "A00010", 77, 93, 120]}\n'
+    Path("requests.jsonl").write_bytes(request)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(request)))
+    todo = [words for target in ("toy", "few", "beauty", "paper") for words in recipe(target)]
+    todo += [words for page in RUN for words in printed(page)]
+    for program, path, *options in dict.fromkeys(words for words in map(tuple, todo) if words[1:]):
+        tool = path in ("beauty/convert.py", "experiments/compare.py") or path.startswith("tests")
+        if not program.startswith("python") or path[0] == "-" or tool or "weights" in options:
+            continue
+        few = EVALUATION if "evaluate" in path or "own_world" in path else []
+        with monkeypatch.context() as m:
+            run_script(m, path, [*TINY, "--cft_gold", "true", *few, *options])
+    torch.set_num_threads(1)
+
+
+# --- Files that come along ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/report.json")), ids=lambda p: p.parent.name)
+def test_report_md_is_made_of_report_json(path):
+    from report.table import markdown
+    assert path.with_suffix(".md").read_text("utf-8") == markdown(json.loads(path.read_text("utf-8")))
+
+
+def test_the_demo_shows_users_re_ranked_by_weights_of_the_preset(monkeypatch, capsys):
+    (_, path, *options), = recipe("demo")
+    for stage in ("ar", "cft"):
+        weights = ROOT / "weights" / "toy" / "seed0" / stage / "checkpoint.pt"
+        assert weights.stat().st_size < 2e6
+        assert torch.load(weights)["settings"] == settings_of(Config(), stage)
+    monkeypatch.chdir(ROOT)
+    run_script(monkeypatch, path, ["--threads", "1", "--n_test", "10", *options])
+    said = capsys.readouterr()
+    assert said.out.count("--- user") == 3 and "invalid" not in said.out and not said.err
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        if read(page) != filled(page):
+            (ROOT / page).write_text(filled(page), "utf-8")
+            print(f"{page}: filled again")

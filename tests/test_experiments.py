@@ -1,0 +1,495 @@
+"""experiments/: comparisons at tiny scale, what they keep and what they refuse; interventions on
+traces; export; own data as a world; the examples of docs/how-to-test-an-idea.md."""
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT
+
+sys.path.insert(1, os.path.join(ROOT, "experiments"))
+
+import compare  # noqa: E402
+import evaluate  # noqa: E402
+import export  # noqa: E402
+import own_world  # noqa: E402
+import train_ar  # noqa: E402
+import train_cft  # noqa: E402
+import train_opd  # noqa: E402
+import tables  # noqa: E402
+import toy.world  # noqa: E402
+import traces  # noqa: E402
+import trainer  # noqa: E402
+from config import Config  # noqa: E402
+from data import NONE, faithfulness, joined, parse_answers  # noqa: E402
+from entries import ENTRIES, Entry, against, student  # noqa: E402
+from plumbing.checkpoint import checksum, load_stage, load_tensors, save_tensors  # noqa: E402
+from plumbing.script import script  # noqa: E402
+from plumbing.settings import UserError, parse_args  # noqa: E402
+from scripts import checkpoint, refused, run  # noqa: E402
+
+TINY = dict(d_model=16, n_head=2, n_layer=1, n_train=64, n_val=8, n_test=60, batch_size=4,
+            n_candidates=4, ar_steps=2, cft_steps=2, opd_steps=2, rl_steps=1, rl_prompts=2, rl_group=3, threads=1)
+ENTRY = Entry(
+    "Does it run?",
+    settings=TINY,
+    students={
+        "AR": student("ar"),
+        "CFT": student("cft", "AR"),
+        "more": student("cft", "AR", cft_steps="+2"),
+        "rule": student("", "CFT", commit="threshold"),
+        "OPD": student("opd", "CFT"),
+        "RL": student("rl", "AR", block_size=1),
+        "CFT of RL": student("cft", "RL", block_size=19)},
+    claims=against("CFT", "more", "rule", "OPD"),
+    taus=(0.2, 0.9),
+    forwards=5.0)
+
+
+def made_up(cfg, model, split, tau):
+    """Scores that depend on all that scores should depend on, in place of a decode."""
+    weights = checksum(model.state_dict())
+    rng = np.random.default_rng(int(checksum(weights, cfg.commit, split, tau)[:8], 16))
+    n = cfg.n_val if split == "val" else cfg.n_test
+    return {"forwards": np.full(n, 10 * (tau or 4)), "valid": rng.random(n).round(),
+            "strict ndcg@10": rng.random(n), "faithful": np.ones(n), "copied": np.zeros(n)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_worlds():
+    """So many users are drawn at a time, whatever is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy.world, "TOY_DRAWN", 200)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Where weights lie: the tests share what they train."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def compared(monkeypatch, runs, tmp_path):
+    """compared(*options) -> the JSON of the comparison ENTRY, and which stages it trained. The
+    stages are trained in this process, and scores are made up."""
+    trained = []
+
+    def train_stage(job, stage):
+        trained.append((job.name, job.cfg.seed, stage))
+        importlib.import_module(f"train_{stage}").main(job.cfg)
+
+    def compared(*options, name="tiny", entry=ENTRY, run_dir=runs):
+        trained.clear()
+        monkeypatch.setitem(ENTRIES, "tiny", entry)
+        argv = ["compare.py", name, "--run_dir", str(run_dir), "--into", str(tmp_path),
+                "--seeds", "0", *options]
+        monkeypatch.setattr("sys.argv", compare.expanded(argv))
+        script(compare.main, compare.__doc__, compare.Options)
+        newest = max(tmp_path.glob("*.json"), key=os.path.getmtime)
+        return json.loads(newest.read_text()), list(trained)
+    monkeypatch.setattr(compare, "train_stage", train_stage)
+    monkeypatch.setattr(compare, "decode", made_up)
+    monkeypatch.setattr(tables, "draw_curves", lambda students, path: Path(path).touch())
+    return compared
+
+
+def fails(capsys, compared, *options, **how):
+    """The one sentence of a comparison that must refuse."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        compared(*options, **how)
+    message = capsys.readouterr().err.splitlines()[-1]             # after what is left of bars
+    assert stop.value.code == 2 and message.startswith("error: ")
+    return message
+
+
+# --- compare.py ---------------------------------------------------------------------------------
+
+def test_what_is_compared_is_what_the_scripts_train(monkeypatch, tmp_path):
+    """With processes of their own, and real decodes."""
+    argv = ["compare.py", "tiny", "--seeds", "3", "--run_dir", str(tmp_path), "--into",
+            str(tmp_path), "--parallel", "2"]
+    entry = dataclasses.replace(ENTRY, students={n: ENTRY.students[n] for n in ("AR", "CFT")})
+    monkeypatch.setitem(ENTRIES, "tiny", entry)
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", compare.expanded(argv))
+        script(compare.main, compare.__doc__, compare.Options)
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    line = result["students"]["CFT"]["seeds"]["3"]
+    job = compare.make_job(Config(**TINY, run_dir=str(tmp_path)), entry, "CFT", 3)
+    world = compare.world_of(job.cfg)
+    model, state = load_stage(job.cfg, "cft", world)
+    written, forwards = trainer.decode_split(
+        job.cfg, world, world.test, trainer.block_writer(job.cfg, model, line["tau"]))
+    scores = evaluate.score(world, world.test, joined(written), forwards)
+    for name in ("forwards", "valid", "strict ndcg@10", "faithful"):
+        assert line[name] == pytest.approx(scores[name].mean(), abs=1e-5)
+    assert state["settings"]["seed"] == 3 and state["finished"]
+    page = (tmp_path / "tiny.md").read_text()
+    assert "| CFT | cft after AR | 3 |" in page and "compare.py tiny --seeds 3" in page
+    assert (tmp_path / "tiny.png").stat().st_size > 1000
+
+
+def test_a_second_run_trains_nothing_and_goes_on_from_what_is_there(compared, runs):
+    first, trained = compared()
+    assert [name for name, _, _ in trained] == [n for n in ENTRY.students if n != "rule"]
+    assert compared() == (first, [])
+    students = first["students"]
+    assert students["more"]["settings"]["cft_steps"] == 4
+    assert students["CFT"]["seeds"]["0"]["tau"] == 0.2              # 2 forwards; 0.9 takes 9
+    assert students["AR"]["seeds"]["0"]["tau"] is None
+
+    # OPD knows its teacher, and CFT takes the teacher after RL for one.
+    weights = {}
+    for name, student_ in students.items():
+        stage = student_["stages"][-1:] or ["cft"]
+        path = Path(student_["folder"]) / "toy" / "seed0" / stage[0] / "checkpoint.pt"
+        weights[name] = load_tensors(path) if path.exists() else None
+    for name, start in (("OPD", "CFT"), ("RL", "AR"), ("CFT of RL", "RL")):
+        assert weights[name]["start"] == checksum(weights[start]["model"])
+    assert weights["rule"] is None
+
+
+def test_other_settings_never_meet_old_figures(compared, tmp_path):
+    first, _ = compared()
+    other, trained = compared("--cft_lr", "0.01", "--students", "CFT")
+    assert trained == [("CFT", 0, "cft")]                           # AR has no such setting
+    assert other["students"]["AR"]["folder"] == first["students"]["AR"]["folder"]
+    assert other["students"]["CFT"]["folder"] != first["students"]["CFT"]["folder"]
+    assert other["students"]["CFT"]["seeds"] != first["students"]["CFT"]["seeds"]
+    assert "--cft_lr 0.01" in other["command"]
+    assert other["students"].keys() == {"AR", "CFT", "rule"}        # which takes no training
+    assert json.loads((tmp_path / "tiny.json").read_text()) == first
+
+    fewer, trained = compared("--n_test", "50")                     # other users: decoded anew
+    assert not trained and fewer["users"] == 50
+    assert fewer["students"]["CFT"]["folder"] == first["students"]["CFT"]["folder"]
+
+
+def test_claims_are_the_intervals_of_stored_scores(compared, runs):
+    result, _ = compared("--seeds", "0,1", "--students", "more,rule")
+    cfg = Config(**TINY, run_dir=str(runs))
+
+    def stored(name):
+        """The scores (seeds, N) in the files of a student's test users."""
+        out = []
+        for seed in (0, 1):
+            job = compare.make_job(cfg, ENTRY, name, seed)
+            tau = result["students"][name]["seeds"][str(seed)]["tau"]
+            model, state = load_stage(job.cfg, "cft", compare.world_of(job.cfg))
+            out.append(compare.decoded(job, None, checksum(state["model"]), "test", tau))
+        return out
+    assert [(c["student"], c["control"], c["seeds"]) for c in result["claims"]] == [
+        ("more", "CFT", [0, 1]), ("rule", "CFT", [0, 1]), ("OPD", "CFT", [0])]
+    for claim in result["claims"][:2]:
+        for metric in ("strict ndcg@10", "valid"):
+            one, other = stored(claim["student"]), stored(claim["control"])
+            difference = np.stack([a[metric] - b[metric] for a, b in zip(one, other)])
+            interval, n_differ = evaluate.paired_interval(difference)
+            assert claim[metric]["interval"] == pytest.approx(interval, abs=1e-6)
+            assert claim[metric]["users that differ"] == n_differ
+
+
+def test_a_damaged_file_is_made_again(compared, runs, capsys):
+    first, _ = compared()
+    for path in runs.glob("compare/cft-*/toy/seed0/decoded/*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    assert compared() == (first, [])
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_some_seeds_or_students_keep_the_others(compared, tmp_path, capsys):
+    both, _ = compared("--seeds", "0,1")
+    one, trained = compared("--seeds", "1", "--students", "CFT")
+    assert not trained and one == both
+    message = fails(capsys, compared, "--students", "AR", run_dir=tmp_path / "elsewhere")
+    assert "has AR of seed 1 with the same settings" in message and "--into" in message
+    assert json.loads((tmp_path / "tiny.json").read_text()) == both
+
+
+def test_a_student_of_other_weights_is_refused(compared, tmp_path, capsys):
+    entry = dataclasses.replace(ENTRY, students={n: ENTRY.students[n] for n in ("AR", "CFT")})
+    place = tmp_path / "runs"
+    result, _ = compared(entry=entry, run_dir=place)
+    path = os.path.join(result["students"]["AR"]["folder"], "toy", "seed0", "ar", "checkpoint.pt")
+    state = {k: v for k, v in load_tensors(path).items()}
+    state["model"]["embed.weight"] += 1
+    save_tensors(path, state)
+    assert "was begun from other weights" in fails(capsys, compared, entry=entry, run_dir=place)
+    _, trained = compared("--again", "true", entry=entry, run_dir=place)
+    assert len(trained) == 2
+
+
+def test_what_cannot_be_compared_is_one_sentence(compared, capsys, monkeypatch, tmp_path):
+    assert "must be one of cft, cft_beauty" in fails(capsys, compared, name="nothing")
+    assert "there is no XYZ; there are: AR, CFT" in fails(capsys, compared, "--students", "XYZ")
+    assert "--seeds must be whole numbers" in fails(capsys, compared, "--seeds", "a")
+    users = dataclasses.replace(ENTRY, claims=(("six", "AR"),), students={
+        "AR": student("ar"), "six": student("ar", n_candidates=6)})
+    assert "rank for different users" in fails(capsys, compared, entry=users)
+    monkeypatch.undo()                                              # with a process of its own
+    cfg = Config(**{**TINY, "d_model": 18}, run_dir=str(tmp_path))
+    job = compare.make_job(cfg, ENTRY, "AR", 0)
+    with pytest.raises(UserError, match="AR, seed 0, ended: --d_model must be a multiple of 4"):
+        compare.train_stage(job, "ar")
+
+
+def test_the_operating_point_keeps_to_the_forwards():
+    curve = {tau: {"forwards": forwards, "strict ndcg@10": ndcg}
+             for tau, forwards, ndcg in ((0.2, 3, 0.5), (0.5, 4, 0.7), (0.9, 9, 0.8))}
+    for allowed, tau in ((10, 0.9), (4, 0.5), (3.5, 0.2), (1, 0.2), (None, 0.9)):
+        assert compare.operating_tau(curve, 0.9, allowed) == tau
+
+
+def test_nobody_is_trained_before_the_one_that_he_goes_on_from(monkeypatch):
+    order = []
+    monkeypatch.setattr(compare, "train", lambda job, start: (
+        start and start.result(), order.append(job.name)))
+    jobs = [compare.make_job(Config(**TINY), ENTRY, name, 0) for name in ENTRY.students]
+    compare.train_all(jobs, 3)
+    for job in jobs:
+        assert not job.start or order.index(job.start.name) < order.index(job.name)
+    monkeypatch.setattr(compare, "train", lambda job, start: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare.train_all(jobs, 2)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entries_say_what_the_scripts_understand(name):
+    entry, folders = ENTRIES[name], {}
+    cfg = compare.preset(entry.config, **entry.settings)
+    for who in entry.students:
+        own = dataclasses.replace(compare.make_job(cfg, entry, who, 0).cfg, from_="")
+        words = compare.arguments(own, compare.preset(entry.config))
+        assert parse_args("", ["--config", entry.config, *words]) == own
+        assert folders.setdefault(own.run_dir, who) == who      # no two are the same
+    for who, control in entry.claims:
+        assert {who, control} <= entry.students.keys() and who != control
+
+
+# --- traces.py ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world():
+    return trainer.load_world(Config(n_train=200, n_val=50, n_test=200))
+
+
+@pytest.fixture(scope="module")
+def teacher_and_student(tmp_path_factory):
+    """A run of two stages, for those who look at one."""
+    place = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train_ar, train_cft):
+            run(module, patch, place, "--cft_gold", "true")
+    return place
+
+
+def spelled(world, tokens):
+    return [world.words[token] for token in tokens]
+
+
+def test_first_and_last_exchange_all_but_their_labels(world):
+    order = world.test.order
+    false = traces.falsified(world.test.trace, order)
+    for before, after, ranking in zip(world.test.trace[:20], false, order):
+        before, after = spelled(world, before), spelled(world, after)
+        first, last = (before.index(f"L{ranking[i] + 1}") for i in (0, -1))
+        expected = list(before)
+        expected[first + 1:first + 4] = before[last + 1:last + 4]
+        expected[last + 1:last + 4] = before[first + 1:first + 4]
+        assert after == expected
+
+
+def test_who_ranks_by_the_trace_is_told_from_who_ranks_by_the_prompt(world, monkeypatch):
+    edited, before, after = traces.toy_edited(world)
+    assert ((edited.prompt != world.test.prompt).sum(1) <= 1).all()
+    assert (edited.prompt[:, 19:] == world.test.prompt[:, 19:]).all()
+    assert traces.consistent(edited.order, before, after) == 1
+    assert traces.consistent(world.test.order, before, after) == 0
+
+    rule = {spoken.tobytes(): order for split in (world.test, edited)
+            for spoken, order in zip(split.trace, split.order)}
+
+    def by_trace(cfg, world, writer, prompt, trace):
+        return np.stack([rule.get(row.tobytes(), row[:8] * 0 + np.arange(8)) for row in trace])
+    monkeypatch.setattr(traces, "rankings", by_trace)
+    found = traces.measures(Config(), world, None)
+    assert found["prompt edited"] == 0 and found["consistent"] == 1
+    assert found["traces exchanged"] == 1 and found["falsified"] > 0.5
+
+    def by_prompt(cfg, world, writer, prompt, trace):
+        same = (prompt[:, None] == world.test.prompt).all(2)        # (N, N)
+        return world.test.order[same.argmax(1)]
+    monkeypatch.setattr(traces, "rankings", by_prompt)
+    found = traces.measures(Config(), world, None)
+    assert found["prompt edited"] > 0.9 and found["consistent"] == 0
+    assert found["falsified"] == 0 and found["traces exchanged"] < 0.1
+
+
+def test_interventions_on_a_run(monkeypatch, capsys, teacher_and_student):
+    tiny = ("--cft_gold", "true")
+    run(traces, monkeypatch, teacher_and_student, *tiny)
+    with open(teacher_and_student / "toy" / "trace.json") as file:
+        stages = json.load(file)["stages"]
+    assert [line["stage"] for line in stages] == ["ar", "cft"]
+    for line in stages:
+        assert line["prompt edited"] == 0 and line["traces exchanged"] == 1
+        assert line["users"] == 16 and line["seeds"] == [0]
+    for option, value in (("--trace", "free"), ("--wording", "token")):
+        assert f"with {option} {value}" in refused(
+            traces, monkeypatch, capsys, teacher_and_student, *tiny, option, value)
+
+
+# --- export.py ----------------------------------------------------------------------------------
+
+def test_exported_weights_are_small_and_go_on(monkeypatch, capsys, teacher_and_student, tmp_path):
+    tiny, place = ("--cft_gold", "true"), tmp_path / "given"
+    to = (*tiny, "--to", str(place))
+    assert "--to is missing" in refused(export, monkeypatch, capsys, teacher_and_student, *tiny)
+    assert "no finished checkpoint" in refused(export, monkeypatch, capsys, tmp_path, *to)
+    assert not place.exists()
+    run(export, monkeypatch, teacher_and_student, *to)
+    own, given = ({stage: load_tensors(checkpoint(where, stage)) for stage in ("ar", "cft")}
+                  for where in (teacher_and_student, place))
+    for stage in own:
+        assert "optimizers" not in given[stage]
+        for name, weight in given[stage]["model"].items():
+            assert torch.equal(weight, own[stage]["model"][name].to(torch.bfloat16))
+    rounded = {name: w.float() for name, w in given["ar"]["model"].items()}
+    assert given["cft"]["start"] == checksum(rounded)
+    run(train_opd, monkeypatch, place, *tiny)                       # a script goes on from them
+    assert "is there already" in refused(export, monkeypatch, capsys, teacher_and_student, *to)
+
+
+# --- own_world.py -------------------------------------------------------------------------------
+
+def lines_of(n_users=300):
+    """Users who mostly go from an item to one of its three followers: ["id item item ...", ...].
+    One takes an item twice."""
+    rng = np.random.default_rng(0)
+    follower = rng.integers(120, size=(120, 3))
+    lines = []
+    for user in range(n_users):
+        items = [rng.integers(120)]
+        for _ in range(rng.integers(3, 10)):
+            liked = follower[items[-1], rng.integers(3)]
+            items.append(liked if rng.random() < 0.7 else rng.integers(120))
+        lines.append(" ".join(map(str, [f"u{user}", *dict.fromkeys(items)])))
+    return [lines[0] + " " + lines[0].split()[1], *lines[1:]]
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    (place / "sequences.txt").write_text("\n".join([*lines_of(), "short 1 2", "", ""]))
+    return str(place)
+
+
+def told(prompt):
+    """The trace that follows from the words of a prompt, by plain rules."""
+    history = [word for word in prompt[1:4] if word != "<none>"]
+    trace = ["<profile>", max(history, key=lambda word: int(word.split(":")[1]))]
+    for n in range(5, len(prompt), 5):
+        label, *three, pop = prompt[n:n + 5]
+        levels = [word.split(":")[1] for word in three]
+        trace += [label, f"best:{max(levels)}", f"links:{3 - levels.count('0')}", pop]
+    return trace
+
+
+def test_own_data_is_a_world(own_data, capsys):
+    world = own_world.own_world(Config(data_dir=own_data))
+    assert "2 with fewer than 3 items are left out" in capsys.readouterr().out
+    for split in (world.train, world.val, world.test):
+        for n in range(0, len(split), 17):
+            assert spelled(world, split.trace[n]) == told(spelled(world, split.prompt[n]))
+        answers = parse_answers(split.response, split.incoming)
+        assert answers.valid.all() and (answers.order == split.order).all()
+        assert (faithfulness(split.response, split.trace, world.n_labels) == 1).all()
+    assert (world.train.prompt == NONE).any()                       # histories of one item
+    hits = world.train.target >= 0
+    assert hits.mean() > 4 * 8 / 120                                # counts find the next item
+
+
+def test_own_data_from_end_to_end(monkeypatch, capsys, own_data, tmp_path):
+    for place, name in ((trainer, "beauty_world"), (evaluate, "make_report")):
+        monkeypatch.setattr(place, name, getattr(place, name))      # is put back after the test
+    monkeypatch.setattr(own_world, "Options", evaluate.Options, raising=False)
+    few = ("--eval_taus", "0.5", "--eval_curve_users", "4", "--eval_speed_seconds", "0.01",
+           "--cft_gold", "true", "--cft_steps", "2", "--data_dir", own_data)
+    run(own_world, monkeypatch, tmp_path, *few)
+    assert "own data (toy): 16 test users" in capsys.readouterr().out
+    run(own_world, monkeypatch, tmp_path, *few)
+    assert capsys.readouterr().out.count("finished already") == 4
+
+
+@pytest.mark.parametrize("lines, expected", [
+    (None, "there is no"),
+    (["1 4 5 6", "1 7 8 9"], "line 2: the user 1 is there twice"),
+    ([f"{u} {u} {u + 1}" for u in range(1, 60)], "has no user with 3 or more items"),
+    (lines_of(19), "there are 19 users with 3 or more items"),
+    ([" ".join(line.split()[:4]) for line in lines_of(200)], "is too small: no candidate is")])
+def test_own_data_that_cannot_work_is_one_sentence(tmp_path, lines, expected):
+    if lines:
+        (tmp_path / "sequences.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=expected):
+        own_world.own_world(Config(data_dir=str(tmp_path)))
+
+
+# --- docs/how-to-test-an-idea.md ----------------------------------------------------------------
+
+def examples():
+    """[(edits, command)] of the page. An edit: (file, what stands there, what it becomes)."""
+    blocks = Path(ROOT, "docs", "how-to-test-an-idea.md").read_text().split("```")[1::2]
+    for diff, command in zip(blocks[::2], blocks[1::2]):
+        edits = []
+        for hunk in re.split(r"^(?=\w)", diff, flags=re.M)[2:]:     # [1] is the word diff
+            file, *lines = hunk.splitlines()
+            old, new = ([line[1:] for line in lines if line[0] in " " + sign] for sign in "-+")
+            assert sum(line[0] != " " for line in lines) <= 15
+            edits.append((file, "\n".join(old) + "\n", "\n".join(new) + "\n"))
+        yield edits, command.split()[1:]
+
+
+def test_the_examples_of_the_page_run_as_they_stand(tmp_path):
+    for place in ("", "toy/", "ours/", "plumbing/", "report/", "beauty/", "experiments/"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        for path in Path(ROOT, place).glob("*.py"):
+            shutil.copy(path, tmp_path / place)
+    commands = []
+    for edits, command in examples():
+        for file, old, new in edits:
+            text = (tmp_path / file).read_text()
+            assert text.count(old) == 1, old
+            (tmp_path / file).write_text(text.replace(old, new))
+        commands.append(command)
+    assert len(commands) == 4
+    tiny = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    # In one process, since each of 13 stages would take seconds to begin.
+    code = f"""
+import importlib, json, sys
+sys.path[:0] = [".", "experiments"]
+import compare, toy.world
+from plumbing.script import script
+toy.world.TOY_DRAWN = 200
+def train_stage(job, stage):
+    importlib.import_module("train_" + stage).main(job.cfg)
+compare.train_stage = train_stage
+for command in {commands!r}:
+    sys.argv = compare.expanded(command + {tiny!r} + ["--cft_gold", "true", "--seeds", "0"])
+    script(compare.main, "", compare.Options)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for claim in ("lead − CFT", "ndcg − places", "t2 − CFT", "OPD − more CFT"):
+        assert f"| {claim} | 0 |" in done.stdout
