@@ -61,7 +61,7 @@ class Config:
 
     # The sampler: how students decode, chosen on validation users
     block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel, in training too
-    tau: Real(above=0, high=1) = 0.3  # commit what is surer; can be changed after training
+    tau: Real(above=0, high=1) = 0.5  # commit what is surer; can be changed after training
     commit: OneOf("apart", "threshold") = "apart"  # ours [threshold]: slots that want the same
     #   label are not committed together
 
@@ -118,6 +118,7 @@ SMALL = dict(
     warmup=100,
     answer_share=0.67,
     block_size=64,  # a whole trace, with its [EOS]
+    tau=0.3,
     ar_steps=3000,
     cft_steps=3500,
     opd_steps=100,

@@ -142,13 +142,15 @@ def arguments(cfg, base):
 
 def gather(job):
     """Copies all stages that a student goes on from into one folder, for its --from."""
-    for path in job.start.paths if job.start else []:
-        stage = Path(path).parent.name
-        if stage == "rl" and "cft" in job.stages:  # RL of the teacher: a better teacher
-            stage = "ar"
+    paths = job.start.paths if job.start else []
+    stages = [Path(path).parent.name for path in paths]
+    for number, (stage, path) in enumerate(zip(stages, paths)):
+        if stage == "rl" and "cft" in [*stages[number:], *job.stages]:
+            stage = "ar"  # RL before CFT: a better teacher
         copy = os.path.join(job.cfg.from_, stage, "checkpoint.pt")
         save_atomically(copy, functools.partial(shutil.copyfile, path))
-        # Amazon Beauty takes a minute to prepare. Where this fails it is prepared anew.
+    # Amazon Beauty takes a minute to prepare. Where this fails it is prepared anew.
+    if paths:
         with contextlib.suppress(OSError):
             os.link(folder(job.start.cfg, "world.pt"), folder(job.cfg, "world.pt"))
 

@@ -2,6 +2,7 @@
 folder spoils nothing, and read only with the settings, the data and the code they belong to."""
 import ast
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -219,11 +220,14 @@ def check_same(cfg, stage, world, state):
 
     Another run may have trained in another way, but its tokens must mean the same. Prints one
     line if the code has changed."""
-    path, there = state["path"], state.get("settings", {})
+    path = state["path"]
     own = path == own_path(cfg, stage)
+    # A setting that is younger than the checkpoint had the value that is its default now.
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    there = {**defaults, **state.get("settings", {})}
     names = settings_of(cfg, stage) if own else MEANING
-    differ = [f"{name}={there.get(name)} there, {getattr(cfg, name)} now"
-              for name in sorted(names) if there.get(name) != getattr(cfg, name)]
+    differ = [f"{name}={there[name]} there, {getattr(cfg, name)} now"
+              for name in sorted(names) if there[name] != getattr(cfg, name)]
     if (state.get("words"), state.get("world")) != (world.words, world.checksum):
         differ.append("the data has changed since")
     if differ:
@@ -265,7 +269,8 @@ CODE = code_of()  # as the program starts: it does not see what is edited while 
 def changed_code(stage, there):
     """Returns the names of the files that have changed since a checkpoint of a stage was made."""
     later = STAGES[STAGES.index(stage) + 1:]
-    unused = {"evaluate.py", "config.py"} | {f"train_{name}.py" for name in later}
+    unused = {f"train_{name}.py" for name in later}
+    unused |= {"evaluate.py", "config.py", "ours/lossless.py"}  # settings are compared themselves
     return sorted(name for name in (there.keys() | CODE.keys()) - unused
                   if there.get(name) != CODE.get(name))
 

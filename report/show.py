@@ -1,7 +1,7 @@
 """Test users in the terminal: python evaluate.py --config toy --show 3
 
-For each user what the prompt shows, what the AR teacher wrote, and what the student wrote: a
-number below each of its tokens says in which forward the token was committed.
+For each user: what the prompt shows, what the AR teacher wrote, and what the student wrote. A small
+number at each of the student's tokens says in which forward it was committed.
 
     L2  x4 y1 z2 ★
       ar    ✓ L2 x4:0 y1:1 z2:0

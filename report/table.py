@@ -38,7 +38,7 @@ STAGES_SHOWN = [
     ("faithful", "faithful", ".1%"),
     ("identity", "identity", ".1%"),
     ("forwards", "forwards", ".1f"),
-    ("tokens a forward", "tokens_per_forward", ".2f"),
+    ("tokens per forward", "tokens_per_forward", ".2f"),
     ("ms", "times latency_ms", ".0f"),
     ("× AR, batch 1", "times speedup_b1", ".2f"),
     ("× AR, batch 64", "times speedup_b64", ".2f")]
@@ -64,9 +64,9 @@ CURVE_SHOWN = [
     ("valid", "valid", ".2%"),
     ("faithful", "faithful", ".1%"),
     ("forwards", "forwards", ".1f"),
-    ("tokens a forward", "tokens_per_forward", ".2f")]
+    ("tokens per forward", "tokens_per_forward", ".2f")]
 IN_TERMINAL = ("stage", "R@1", "N@10", "share of gain", "valid", "faithful", "forwards",
-               "tokens a forward", "× AR, batch 1")
+               "tokens per forward", "× AR, batch 1")
 NOTHING = "–"
 
 
@@ -89,7 +89,7 @@ def known_orders(cfg, world):
     kind = cfg.world.split("_")[-1]
     best = "oracle" if cfg.world.startswith("toy") else "writer"
     best = {"expert": "expert", "target": "target first"}.get(kind, best)
-    return {"prerank": world.test.incoming, **world.references, best: world.test.order}
+    return {"prerank": world.test.incoming, best: world.test.order, **world.references}
 
 
 def chosen_seeds(cfg, seeds):
@@ -110,7 +110,7 @@ def first_users(scores, n):
 
 def report_rows(results, interval):
     """The rows of results: those of each seed, then their mean. interval: a function that does
-    what evaluate.paired_interval does."""
+    what intervals.paired_interval does."""
     groups = {}
     for result in results:
         groups.setdefault((result.row, result.tau), []).append(result)
@@ -347,9 +347,10 @@ def markdown(report):
         "means over users and seeds. *N@10 − AR* has its 95 % interval over users and, of several "
         "seeds, over seeds; where fewer than 50 users differ there is none. *share of gain*: the "
         "gain in N@10 over the incoming order, as a share of AR's. *identity*: answers that repeat "
-        f"the incoming order.{same_text(report)} Speed is that of {report['device']}, timed in turn with ar on the "
-        "same prompts. Only ar, cft and lossless are timed: opd and rl are models of the same "
-        "shape as cft, decoded by the same sampler, so a forward takes as long.",
+        f"the incoming order.{same_text(report)}",
+        f"Speed is that of {report['device']}, timed in turn with ar on the same prompts. Only ar, "
+        "cft and lossless are timed: opd and rl are models of the same shape as cft, decoded by "
+        "the same sampler, so a forward takes as long.",
         seeds_of_rows(report),
         table(STAGES_SHOWN, mean_rows(report)),
         "What is wrong with invalid answers (shares of all answers; they may overlap), more "

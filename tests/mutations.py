@@ -24,7 +24,7 @@ MUTATIONS = {
         ("return weight * (response != PAD)", "return weight", "data"),
         ("text = np.where(trace == EOS, PAD, trace)", "text = trace + 0", "data"),
         ("generator=rng) < answer_share", "generator=rng) > answer_share", "data"),
-        ("Examples(pack(split.trace, left=True), answer)", "Examples(split.prompt, answer)", "data"),
+        ("(pack(split.trace, left=True), answer)", "(split.prompt, answer)", "data"),
         ("valid = ended and not (", "valid = not (", "data"),
         ("max(len(required), len(made), 1)", "max(len(required), 1)", "data"),
         ("varied = rng.random(n) < cfg", "varied = rng.random(n) > cfg", "data")],
@@ -54,7 +54,7 @@ MUTATIONS = {
         ("masked[:, 0] = is_first", "masked[:, 0] = False", "diffusion"),
         ("committed >= step[..., None]", "committed > step[..., None]", "diffusion"),
         ("(hidden[scored]) / (temperature or 1.0)", "(hidden[scored])", "diffusion"),
-        ("torch.where(decoded.tokens != PAD, decoded", "torch.where(decoded.filled != MASK, decoded",
+        ("where(decoded.tokens != PAD, decoded", "where(decoded.filled != MASK, decoded",
          "diffusion")],
     "sampler.py": [
         ("confidence > self.tau", "confidence >= self.tau", "sampler"),
@@ -77,7 +77,9 @@ MUTATIONS = {
         ("torch.where(swapped, old, draft)", "draft.clone()", "lossless"),
         ("(slot > place) & in_answer(draft)", "(slot > place)", "lossless"),
         ("forwards[rows] += 1", "forwards += 1", "lossless"),
-        ("(draft == EOS) & accepted", "(draft == EOS)", "lossless")],
+        ("(draft == EOS) & accepted", "(draft == EOS)", "lossless"),
+        ("accepted = u * q_x < p_x", "accepted = u * q_x < q_x", "lossless/temperature"),
+        ("torch.maximum(p - q, 1e-9 * p)", "p", "lossless/temperature")],
     "ours/wording.py": [
         ("np.where(is_label, at, 0)", "np.where(is_label, 0, at)", "ours"),
         ("decided & has_synonym(trace, n_labels)", "decided", "ours")],
@@ -121,8 +123,7 @@ MUTATIONS = {
         ("world.train.target >= 0", "world.train.target >= -1", "stages/rl_step"),
         ("rule_of(cfg, cfg.rl_tau)", "rule_of(cfg, cfg.tau)", "stages/rl_step"),
         ("signal if signal.any() else ~signal", "torch.ones_like(signal)", "stages/rl_step"),
-        ("np.where(valid, rise + alpha * bonus, -1.0)", "np.where(valid, rise + alpha * bonus, 0.0)",
-         "stages/rewards"),
+        ("rise + alpha * bonus, -1.0)", "rise + alpha * bonus, 0.0)", "stages/rewards"),
         ("bonus = (rise > 0) | stayed", "bonus = (rise >= 0) | stayed", "stages/rewards"),
         ("centred / (rewards.std(1, keepdim=True) + 1e-6)", "centred", "stages/advantages"),
         ("clamp(1 - eps_low, 1 + eps_high)", "clamp(1 - eps_high, 1 + eps_low)", "stages/policy"),
@@ -130,6 +131,26 @@ MUTATIONS = {
         ("(surrogate * is_token).sum() / is_token.sum()", "(surrogate * is_token).mean()",
          "stages/policy"),
         ("if old_logp is None:", "if True:", "stages/several_updates")],
+    "beauty/prerank.py": [
+        ("0.125 * value", "0.25 * value", "beauty/loops"),
+        ("self.user % FOLDS == fold", "self.user % FOLDS != fold", "beauty/loops or known"),
+        ("scores[example, item] = -1", "scores[example, item] += 0", "beauty/loops")],
+    "beauty/evidence.py": [
+        ("with cut3.without(fold), cut2", "with cut3.without(fold), cut3", "beauty/loops or known"),
+        ("(strength > 0).sum(1)", "(strength > 1).sum(1)", "beauty/loops"),
+        ("times * RARE >= times.sum()", "times * RARE <= times.sum()", "beauty/rare")],
+    "beauty/writer.py": [
+        ("return weight * (group != never_seen)", "return weight * (group != -1)", "beauty/writer"),
+        ("if lists is train else slice(None)", "if False else slice(None)", "beauty/writer")],
+    "beauty/tokens.py": [
+        ("np.argsort(-score", "np.argsort(score", "beauty"),
+        ("recent = shown[:, HIST - 1::-1]", "recent = shown[:, :HIST]", "beauty/prompts")],
+    "evaluate.py": [
+        ('out[f"served {metric}"] * answers.valid', 'out[f"served {metric}"]', "evaluate"),
+        ("np.log2(rank + 2)", "np.log2(rank + 1.5)", "evaluate"),
+        ("users = of_user.var(ddof=1) / n", "users = 0.0", "evaluate"),
+        ("of_seed.var(ddof=1) / k - noise", "of_seed.var(ddof=1) / k", "evaluate"),
+        ("if n_differ < MUST_DIFFER:", "if False:", "evaluate")],
 }
 
 

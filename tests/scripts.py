@@ -6,7 +6,7 @@ import pytest
 from plumbing.script import script
 
 TINY = ("--d_model 16 --n_head 2 --n_layer 1 --n_train 64 --n_val 8 --n_test 16 --batch_size 4 "
-        "--cft_prompts 16 --cft_gold false --ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 "
+        "--cft_prompts 16 --ar_steps 6 --cft_steps 6 --opd_steps 4 --rl_steps 4 "
         "--rl_prompts 2 --rl_group 3 --every 2 --threads 1 --tau 0.9").split()
 EVALUATION = "--eval_taus 0.5,1.0 --eval_curve_users 8 --eval_speed_seconds 0.01".split()
 

@@ -1,4 +1,4 @@
-"""Invariants of data.py and toy/world.py: examples, answers and traces, the toy world, its oracle."""
+"""Invariants of data.py and toy/world.py: examples, answers, traces, the toy world, its oracle."""
 import itertools
 from dataclasses import fields, replace
 
@@ -203,7 +203,7 @@ def test_reference_responses_are_valid_and_faithful_and_no_token_of_a_trace_may_
 # --- The toy world ----------------------------------------------------------------------------
 
 def read_prompt(words):
-    """History, candidates and labels of a prompt, from its words alone. An item: [("x", 1), ...]."""
+    """History, candidates and labels of a prompt, by its words alone. An item: [("x", 1), ...]."""
     def items_of(words):
         pairs = [(word[0], int(word[1:])) for word in words]
         return [pairs[i:i + 3] for i in range(0, len(pairs), 3)]
@@ -283,18 +283,6 @@ def test_the_oracle_is_the_exact_bayes_posterior_and_an_expert_errs_as_told(worl
     assert differ > 5
 
 
-def test_equal_evidence_is_ranked_as_it_came(world):
-    pairs = 0
-    for n in range(300):
-        evidence = [tuple(s) for s in np.split(world.test.trace[n][4:4 + 4 * K], K)]
-        order = world.test.order[n].tolist()
-        for a, b in itertools.combinations(range(K), 2):
-            if evidence[a][1:] == evidence[b][1:]:
-                pairs += 1
-                assert order.index(a) < order.index(b)
-    assert pairs > 20
-
-
 def test_users_are_drawn_as_the_model_of_the_world_says(world):
     part, n = world.test, np.arange(len(world.test))
     history = part.prompt[:, 1:1 + 3 * TOY_HISTORY].reshape(len(n), TOY_HISTORY, 3)
@@ -345,9 +333,6 @@ def test_the_first_users_are_the_same_whatever_the_seed_and_the_sizes(world, mon
 def test_only_training_lists_vary_in_length_over_the_whole_range(world):
     assert set(world.train.list_length) == set(range(CFG.min_list, K + 1))
     assert (world.val.list_length == K).all() and (world.test.list_length == K).all()
-    for share in (0.0, 0.3, 1.0):
-        cfg = replace(CFG, vary_lists=share)
-        lengths = draw_list_lengths(4000, cfg, np.random.default_rng(0))
-        each = np.bincount(lengths, minlength=K + 1)[CFG.min_list:] / 4000
-        assert np.abs(each[:-1] - 0.2 * share).max() < 0.03
-        assert abs(each[-1] - (1 - 0.8 * share)) < 0.03
+    lengths = draw_list_lengths(4000, replace(CFG, vary_lists=0.3), np.random.default_rng(0))
+    each = np.bincount(lengths, minlength=K + 1)[CFG.min_list:] / 4000
+    assert np.abs(each - [0.06, 0.06, 0.06, 0.06, 0.76]).max() < 0.02

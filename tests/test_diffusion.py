@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from config import Config
 from conftest import LENGTHS, VOCAB, close, gen, left_padded, naive_hidden, tiny_gpt, words
 from data import ANSWER, EOS, MASK, PAD
-from diffusion import (block_mask, decode_states, draw_noise, every_block, fill_last_block,
-                       read_blocks, replay_logp, take_blocks)
+from diffusion import (block_mask, draw_noise, every_block, fill_last_block, read_blocks,
+                       replay_logp, take_blocks)
 from model import Sampling, causal_hidden
 from ours.commit import Apart
-from sampler import NEVER, Decoded, Threshold, block_decode
+from sampler import Threshold, block_decode
 from train_ar import ar_loss
 from train_cft import cft_loss
 
@@ -211,16 +211,6 @@ def test_ar_is_block_size_one_and_the_part_of_the_mix_that_reads_from_the_left()
 
 
 # --- Replay -----------------------------------------------------------------------------------
-
-def test_states_show_what_was_committed_before():
-    filled = torch.tensor([[5, 6, 7, EOS, 8, MASK]])
-    steps = torch.tensor([[0, 2, 0, 1, 0, NEVER]])
-    decoded = Decoded(filled, filled, steps, None, None, 3)
-    block, step = torch.tensor([[0, 0, 1, 1, 0]]), torch.tensor([[0, 1, 1, 2, 3]])
-    noised, open_ = decode_states(decoded, block, step)
-    assert noised.tolist() == [[[1, 1, 1], [5, 1, 7], [1, 8, 1], [EOS, 8, 1], [5, 6, 7]]]
-    assert torch.equal(open_, noised == MASK)
-
 
 def test_replayed_log_probabilities_are_the_recorded_ones():
     committed_after_end = never = 0

@@ -31,11 +31,12 @@ from scripts import EVALUATION, TINY
 ROOT = Path(ROOT)
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
 PAGES = ["README.md", *DOCS]
-RUN = ["README.md", "docs/faq.md", "docs/beauty.md", "docs/own_requests.md"]  # commands are run
+RUN = ["README.md", "docs/beauty.md", "docs/own_requests.md", "docs/faq.md"]  # whose commands run
 CODE = [path.relative_to(ROOT).as_posix() for folder in (".", "beauty", "experiments", "plumbing")
         for path in sorted(ROOT.glob(f"{folder}/*.py"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SOURCE = re.compile(r"From \[[^\]]*\]\(([^)]+)\):$")
+STEPS = re.findall(r"\S+_steps|(?<=_steps )\d+", " ".join(TINY))  # whatever a page says
 PROGRAMS = ("python", "python3", "make", "pytest", "torchrun")
 
 
@@ -231,7 +232,7 @@ def commands(text):
         if assigned := re.fullmatch(r"(\w+)=(?:\"([^\"]*)\"|(\S+))", line):
             variables[assigned[1]] = assigned[2] or assigned[3]
         lines = [line]
-        if loop := re.fullmatch(r"for (\w+) in (.+?); do (.+?); done", line):
+        if loop := re.search(r"for (\w+) in (.+?); do (.+?); done", line):
             lines = [loop[3].replace(f"${loop[1]}", value) for value in loop[2].split()]
         for line in lines:
             if not re.match(rf"(\w+=\S+ )*(\S*/)?({'|'.join(PROGRAMS)})\b", line):
@@ -316,15 +317,17 @@ def test_commands_run_as_they_stand(tmp_path, monkeypatch):
     request = b'{"history": [16, 20, 31], "candidates": [5, "A00010", 77, 93, 120]}\n'
     Path("requests.jsonl").write_bytes(request)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(request)))
-    todo = [words for target in ("toy", "few", "beauty", "paper") for words in recipe(target)]
-    todo += [words for page in RUN for words in printed(page)]
-    for program, path, *options in dict.fromkeys(words for words in map(tuple, todo) if words[1:]):
+    todo = [*recipe("paper"), recipe("few")[0], *(words for page in RUN for words in printed(page))]
+    monkeypatch.setattr("report.figures.draw_figures", lambda *_: None)
+    for program, path, *options in dict.fromkeys(words for words in map(tuple, todo) if words[2:]):
         tool = path in ("beauty/convert.py", "experiments/compare.py") or path.startswith("tests")
         if not program.startswith("python") or path[0] == "-" or tool or "weights" in options:
             continue
-        few = EVALUATION if "evaluate" in path or "own_world" in path else []
+        few = EVALUATION if path in ("evaluate.py", "experiments/own_world.py") else []
         with monkeypatch.context() as m:
-            run_script(m, path, [*TINY, "--cft_gold", "true", *few, *options])
+            import time; t0=time.process_time()
+            run_script(m, path, [*TINY, "--cft_gold", "true", *few, *options, *STEPS])
+            print("TIME", round(time.process_time()-t0,2), path, *options, file=open("/tmp/docsw.ygby/times","a"))
     torch.set_num_threads(1)
 
 

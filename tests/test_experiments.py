@@ -38,7 +38,8 @@ from plumbing.settings import UserError, parse_args  # noqa: E402
 from scripts import checkpoint, refused, run  # noqa: E402
 
 TINY = dict(d_model=16, n_head=2, n_layer=1, n_train=64, n_val=8, n_test=60, batch_size=4,
-            n_candidates=4, ar_steps=2, cft_steps=2, opd_steps=2, rl_steps=1, rl_prompts=2, rl_group=3, threads=1)
+            n_candidates=4, ar_steps=2, cft_steps=2, opd_steps=2, rl_steps=1, rl_prompts=2,
+            rl_group=3, threads=1, tau=0.3)
 ENTRY = Entry(
     "Does it run?",
     settings=TINY,
@@ -49,7 +50,8 @@ ENTRY = Entry(
         "rule": student("", "CFT", commit="threshold"),
         "OPD": student("opd", "CFT"),
         "RL": student("rl", "AR", block_size=1),
-        "CFT of RL": student("cft", "RL", block_size=19)},
+        "CFT of RL": student("cft", "RL", block_size=19),
+        "OPD of RL": student("opd", "CFT of RL")},
     claims=against("CFT", "more", "rule", "OPD"),
     taus=(0.2, 0.9),
     forwards=5.0)
@@ -149,15 +151,19 @@ def test_a_second_run_trains_nothing_and_goes_on_from_what_is_there(compared, ru
     assert students["CFT"]["seeds"]["0"]["tau"] == 0.2              # 2 forwards; 0.9 takes 9
     assert students["AR"]["seeds"]["0"]["tau"] is None
 
-    # OPD knows its teacher, and CFT takes the teacher after RL for one.
-    weights = {}
-    for name, student_ in students.items():
-        stage = student_["stages"][-1:] or ["cft"]
-        path = Path(student_["folder"]) / "toy" / "seed0" / stage[0] / "checkpoint.pt"
-        weights[name] = load_tensors(path) if path.exists() else None
-    for name, start in (("OPD", "CFT"), ("RL", "AR"), ("CFT of RL", "RL")):
-        assert weights[name]["start"] == checksum(weights[start]["model"])
-    assert weights["rule"] is None
+    curve = students["CFT"]["seeds"]["0"]["curve"]
+    assert [point["forwards"] for point in curve] == [2, 3, 9]      # also at tau .3, the settings'
+
+    # Each goes on from whom it should, and knows its teacher: after RL that is RL.
+    def weights(name, *place):
+        of_seed = Path(students[name]["folder"], "toy", "seed0")
+        return load_tensors(of_seed.joinpath(*place, "checkpoint.pt"))
+    for name, stage, start, of in (("OPD", "opd", "CFT", "cft"), ("RL", "rl", "AR", "ar"),
+                                   ("CFT of RL", "cft", "RL", "rl")):
+        assert weights(name, stage)["start"] == checksum(weights(start, of)["model"])
+    for name, teacher in (("OPD", ("AR", "ar")), ("OPD of RL", ("RL", "rl"))):
+        given, own = weights(name, "from", "ar")["model"], weights(*teacher)["model"]
+        assert checksum(given) == checksum(own)
 
 
 def test_other_settings_never_meet_old_figures(compared, tmp_path):
@@ -241,7 +247,7 @@ def test_what_cannot_be_compared_is_one_sentence(compared, capsys, monkeypatch, 
     monkeypatch.undo()                                              # with a process of its own
     cfg = Config(**{**TINY, "d_model": 18}, run_dir=str(tmp_path))
     job = compare.make_job(cfg, ENTRY, "AR", 0)
-    with pytest.raises(UserError, match="AR, seed 0, ended: --d_model must be a multiple of 4"):
+    with pytest.raises(UserError, match="AR, seed 0, ended: --d_model must be a multiple of"):
         compare.train_stage(job, "ar")
 
 

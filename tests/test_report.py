@@ -1,12 +1,12 @@
-"""evaluate.py on runs in miniature: the contract of report.json, other reports beside it, --show,
-speed, the constrained row, and figures that fail."""
-import dataclasses
-import glob
+"""evaluate.py on a run in miniature: rows, files, tables, speed; the page is one file that asks
+nobody and obeys its keys."""
+import html as entities
 import json
-import os
+import math
+import re
+import shutil
 import subprocess
-import sys
-from types import SimpleNamespace
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -14,383 +14,320 @@ import torch
 
 import evaluate
 import scripts
-import gif
-import train_ar
-import train_cft
-import train_opd
-import train_rl
-from config import PRESETS, Config
-from conftest import ROOT, left_padded, tiny_gpt
-from data import PAD, parse_answers
-from fast.gpt import FastGPT
-from make_beauty import make_beauty
-from model import GPT
-from plumbing.settings import UserError
-from report import figures
-from report.constrained import assigned, constrained_decode
-from report.figures import denoising_figure, read_log, stages_figure, tradeoff_figure, write_gif
-from report.options import finished_seeds
-from report.speed import in_turn, speed, speed_jobs
-from toy.world import toy_world
+from data import PAD
+from plumbing.checkpoint import new_model, save_run
+from plumbing.settings import parse_args
+from report import figures, html, speed
+from report.table import cell, chosen_seeds, markdown, plain, summary, table, write_json
+from sampler import Decoded
+from trainer import Run, load_world
 
-FEW = "--eval_taus 1.0,0.5,0.9,0.5 --eval_curve_users 8 --eval_speed_seconds 0.01".split()
-STAGES = {"ar": train_ar, "cft": train_cft, "opd": train_opd, "rl": train_rl}
-FIGURES = ("tradeoff.png", "throughput.png", "trace_lengths.png", "stages.png", "mask.png",
-           "denoising.png", "denoising.gif")
+STAGES = {0: ("ar", "cft", "opd"), 1: ("ar", "cft")}  # of each seed
 
 
-def run(module, monkeypatch, run_dir, *options):
-    """scripts.run with more test users and a curve of other taus."""
-    own = FEW if module is evaluate else []
-    scripts.run(module, monkeypatch, run_dir, "--n_test", "60", *own, *options)
+def make_run(run_dir, stages=STAGES):
+    """Checkpoints of stages that have finished, with random weights that write something."""
+    for seed, names in stages.items():
+        options = [*scripts.TINY, "--run_dir", str(run_dir), "--seed", str(seed)]
+        cfg = parse_args("", options)
+        world = load_world(cfg)
+        for number, name in enumerate(names):
+            run = Run(cfg, name, new_model(cfg, world), world)
+            torch.manual_seed(10 * seed + number)
+            with torch.no_grad():
+                for p in run.model.parameters():
+                    p.normal_(std=0.3 if p.dim() == 2 else 1.0)
+            save_run(run, run.n_steps)
+    return run_dir
 
 
-def refused(*args):
-    return scripts.refused(*args, run=run)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("report"))
 
 
-def read_report(folder, name="report.json"):
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-    with open(os.path.join(folder, name), encoding="utf-8") as file:
-        return json.loads(file.read(), parse_constant=refuse)
+@pytest.fixture(scope="module")
+def evaluated(made):
+    """The folder of the run, after evaluate.py has seen both seeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        scripts.run(evaluate, patch, made, "--seeds", "0,1")
+    return made / "toy"
 
 
-def without_figures(monkeypatch):
-    monkeypatch.setattr(evaluate, "draw_figures", lambda *args: None)
+def report_of(folder, name="report.json"):
+    return json.loads((folder / name).read_text())
 
 
-def one_row(report, stage, seed="mean"):
-    found = [row for row in report["rows"]
-             if (row["stage"], row["seed"], row["reported"]) == (stage, seed, True)]
-    assert len(found) == 1
-    return found[0]
+# --- The report -------------------------------------------------------------------------------
+
+def test_the_report_has_the_rows_of_every_seed_and_their_mean_in_order(evaluated):
+    report = report_of(evaluated)
+    mean = {row["stage"]: row for row in report["rows"] if row["seed"] == "mean"}
+    assert list(mean) == ["prerank", "oracle", "ar", "naive", "cft", "opd", "own ar", "lossless"]
+    for stage, row in mean.items():
+        seeds = [0] if stage == "opd" else [] if stage in ("prerank", "oracle") else [0, 1]
+        assert row["seeds"] == seeds, stage
+        own = [r for r in report["rows"] if r["stage"] == stage and r["seed"] != "mean"]
+        assert [r["seed"] for r in own] == seeds
+        for r in own:
+            assert r["n_users"] == 16 and 0 <= r["valid"] <= 1
+        if own:
+            wanted = sum(r["served"]["mrr"] for r in own) / len(own)
+            assert row["served"]["mrr"] == pytest.approx(wanted, abs=1e-5)
+            wanted = sum(r["forwards"] for r in own) / len(own)
+            assert row["forwards"] == pytest.approx(wanted, abs=1e-5)
+    # The text of lossless decoding is that of the same weights token by token.
+    for metric, value in mean["own ar"]["served"].items():
+        assert mean["lossless"]["served"][metric] == value, metric
+    assert mean["ar"]["forwards"] != mean["own ar"]["forwards"]  # other weights
+
+    timed = [stage for stage, row in mean.items() if row["times"]]
+    assert timed == ["ar", "cft", "lossless"] and mean["ar"]["times"]["speedup_b1"] == 1
+    assert report["settings"]["d_model"] == 16 and report["settings"]["eval_curve_users"] == 8
+    assert set(report["code"]) >= {"model.py", "sampler.py"} and report["seeds"] == [0, 1]
 
 
-# --- The whole recipe -------------------------------------------------------------------------
-
-ROW_KEYS = set(
-    "stage block_size tau seed seeds reported n_users recall@1 recall@3 recall@5 ndcg@3 ndcg@5 "
-    "ndcg@10 mrr strict valid duplicated dropped out_of_set faithful identity trace_tokens "
-    "forwards tokens_per_forward ar_gain_share train_seconds se seed_se diff_to_ar "
-    "diff_to_prerank diff_to_cft diff_to_opd differ_from_ar differ_from_prerank differ_from_cft "
-    "differ_from_opd tokens_per_s_b1 speedup_b1 latency_ms tokens_per_s_batch speedup_batch "
-    "batch".split())
-
-
-@pytest.mark.parametrize("world", ["toy", "beauty"])
-def test_the_recipe_in_miniature_fulfils_the_contract_of_the_report(world, monkeypatch, capsys,
-                                                                    tmp_path):
-    options, seeds = ["--seed", "1"], [1]
-    if world == "beauty":
-        make_beauty(tmp_path / "data")
-        options += ["--config", "small", "--data_dir", str(tmp_path / "data")]
-    else:  # a second seed, of which two stages have finished
-        seeds = [0, 1]
-        for module in (train_ar, train_cft):
-            run(module, monkeypatch, tmp_path, "--seed", "0")
-    for module in (*STAGES.values(), evaluate):
-        run(module, monkeypatch, tmp_path, *options)
-    folder = tmp_path / ("small" if world == "beauty" else "toy")
-    report = read_report(folder)
-    assert {"config", "dataset", "source", "split", "n_users", "device", "seeds",
-            "operating_point", "data", "rows"} == report.keys()
-    clash, block_size = 0.4, Config().block_size
-    if world == "beauty":
-        clash, block_size = 0.1, PRESETS["small"]["block_size"]
-    assert report["seeds"] == seeds and report["operating_point"] == {
-        "block_size": block_size, "commit": "independent", "clash": clash, "tau": 0.9}
-    assert all(row.keys() == ROW_KEYS for row in report["rows"])
-    order = [row["stage"] for row in report["rows"] if row["reported"] and row["seed"] == "mean"]
-    known = ["prerank", "oracle"] if world == "toy" else ["prerank", "writer", "prerank, fresh"]
-    assert order == known + ["ar", "naive", "cft", "opd", "rl", "constrained", "lossless"]
-    for stage, made in (("cft", seeds), ("rl", [1])):
-        rows = [row for row in report["rows"] if row["stage"] == stage and row["reported"]]
-        assert [row["seed"] for row in rows] == [*made, "mean"] and rows[-1]["seeds"] == made
-        assert (rows[-1]["seed_se"] is None) == (len(made) == 1)
-        curve = [(row["tau"], row["n_users"]) for row in report["rows"]
-                 if row["stage"] == stage and not row["reported"] and row["seed"] == "mean"]
-        assert curve == [(0.9, 8), (0.5, 8), (1.0, 8)]
-    points = [(row["stage"], row["tau"], row["seed"], row["reported"]) for row in report["rows"]]
-    assert len(points) == len(set(points))
-    assert one_row(report, "constrained")["valid"] == 1  # whatever the weights
-    assert one_row(report, "ar")["speedup_b1"] == 1 and one_row(report, "rl")["latency_ms"] > 0
-    for name in ("report.md", *FIGURES):
-        assert (folder / name).stat().st_size > 500
-    out = capsys.readouterr()
-    assert "warning" not in out.err
-    assert "share" in out.out and f"written: {folder}/report.json and .md" in out.out
+def test_the_curve_has_a_point_for_each_tau(evaluated):
+    report = report_of(evaluated)
+    points = [(row["stage"], row["tau"]) for row in report["curve"]]
+    assert points == [(stage, tau) for stage in ("naive", "cft", "opd") for tau in (0.5, 0.9, 1.0)]
+    for row in report["curve"]:
+        assert row["n_users"] == 8 and row["seed"] == "mean"
+    # A higher threshold takes as many forwards or more.
+    cft = [row["forwards"] for row in report["curve"] if row["stage"] == "cft"]
+    assert cft[0] <= cft[2]
 
 
-def test_the_report_on_validation_users_has_a_name_of_its_own(monkeypatch, capsys, tmp_path):
-    for module in (train_ar, train_cft):
-        run(module, monkeypatch, tmp_path)
-    capsys.readouterr()
-    run(evaluate, monkeypatch, tmp_path, "--eval_split", "val")
-    folder = tmp_path / "toy"
-    report = read_report(folder, "report_val.json")
-    assert report["split"] == "val" and report["n_users"] == 8
-    assert sorted(os.listdir(folder)) == ["report_val.json", "report_val.md",
-                                          "report_val_users.pt", "seed0"]
-    assert "8 val users" in capsys.readouterr().out
+def test_the_files_say_the_same_and_json_is_short(evaluated, capsys):
+    report = report_of(evaluated)
+    text = (evaluated / "report.md").read_text()
+    assert text == markdown(report)
+    assert "Not all rows are of all seeds: opd of 0." in text and "Only ar, cft and" in text
+    lines = (evaluated / "report.json").read_text().splitlines()
+    assert len(lines) < 60 and sum(line.startswith('{"stage": "cft"') for line in lines) == 6
+    printed = summary(report).splitlines()
+    assert all(len(line) <= 100 for line in printed)
+    ar = next(line for line in printed if line.startswith("ar "))
+    assert len(ar) <= 80 and ar.split()[-1] == "1.00"
+    for name in ("tradeoff.png", "speed.png"):
+        assert (evaluated / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_teacher_alone_is_scored_and_timed(monkeypatch, tmp_path):
-    without_figures(monkeypatch)
-    run(train_ar, monkeypatch, tmp_path, "--fast", "false")
-    run(evaluate, monkeypatch, tmp_path, "--fast", "false")
-    report = read_report(tmp_path / "toy")
-    assert one_row(report, "ar")["latency_ms"] > 0 and one_row(report, "naive")["speedup_b1"] > 0
-    assert "cft" not in {row["stage"] for row in report["rows"]}
+def test_validation_users_a_teacher_alone_and_bad_seeds(made, tmp_path, monkeypatch, capsys):
+    scripts.run(evaluate, monkeypatch, made, "--eval_split", "val")
+    report = report_of(made / "toy", "report_val.json")
+    assert report["n_users"] == 8 and report["seeds"] == [0] and report["split"] == "val"
+
+    alone = make_run(tmp_path, {0: ("ar",)})
+    scripts.run(evaluate, monkeypatch, alone)
+    report = report_of(alone / "toy")
+    assert [row["stage"] for row in report["rows"] if row["seed"] == "mean"] == [
+        "prerank", "oracle", "ar", "naive"]
+    assert "could not be drawn" not in capsys.readouterr().err
+
+    message = scripts.refused(evaluate, monkeypatch, capsys, made, "--seeds", "0,x")
+    assert "--seeds must be whole numbers" in message
+    assert "train_ar.py" in scripts.refused(evaluate, monkeypatch, capsys, made, "--seeds", "7")
+    assert chosen_seeds(None, "2,0,2") == [0, 2]
+    assert "train_cft.py" in scripts.refused(evaluate, monkeypatch, capsys, alone, "--show", "1")
 
 
-def test_seeds_that_share_a_teacher_and_rows_of_other_reports(monkeypatch, capsys, tmp_path):
-    without_figures(monkeypatch)
-    run(train_ar, monkeypatch, tmp_path / "a")
-    teacher = str(tmp_path / "a" / "toy" / "seed0" / "ar" / "checkpoint.pt")
-    for seed in ("0", "1"):  # two conversions of one teacher, in a folder that has none
-        run(train_cft, monkeypatch, tmp_path / "b", "--seed", seed, "--teacher", teacher)
-    decoded, real = [], evaluate.decode_split
-    monkeypatch.setattr(evaluate, "decode_split", lambda cfg, split, decoder, desc: (
-        decoded.append(desc) or real(cfg, split, decoder, desc)))
-    run(evaluate, monkeypatch, tmp_path / "b", "--teacher", teacher)
-    assert sum(" ar " in desc for desc in decoded) == 1  # the teacher is decoded once
-    report = read_report(tmp_path / "b" / "toy")
-    assert one_row(report, "ar", 0)["strict"] == one_row(report, "ar", 1)["strict"]
-    made = one_row(report, "cft")
-    assert made["seeds"] == [0, 1]
-    run(evaluate, monkeypatch, tmp_path / "b", "--teacher", teacher, "--seeds", "1")
-    assert read_report(tmp_path / "b" / "toy")["seeds"] == [1]
-    only_one = one_row(read_report(tmp_path / "b" / "toy"), "cft")
-
-    run(train_cft, monkeypatch, tmp_path / "c", "--teacher", teacher)
-    other = tmp_path / "b" / "toy"
-    run(evaluate, monkeypatch, tmp_path / "c", "--teacher", teacher, "--beside",
-        f"other={other}:cft,theirs={other}:ar")
-    report = read_report(tmp_path / "c" / "toy")
-    assert one_row(report, "other")["strict"] == pytest.approx(only_one["strict"])
-    assert one_row(report, "other")["latency_ms"] == only_one["latency_ms"] > 0
-    stages = [row["stage"] for row in report["rows"] if row["seed"] == "mean"]
-    assert stages[:4] == ["prerank", "oracle", "other", "theirs"]
-
-    for beside, expected in (
-            ("x", "--beside takes name=folder:stage"), ("=y:z", "--beside takes name"),
-            ("x=nowhere:ar", "first run evaluate.py there"), (f"x={other}:rl", "no stage rl"),
-            (f"x={other}:target", "no stage target"), (f"cft={other}:cft", "has a row cft already"),
-            (f"x={other}:ar,x={other}:cft", "has a row x already")):
-        assert expected in refused(evaluate, monkeypatch, capsys, tmp_path / "c", "--teacher",
-                                   teacher, "--beside", beside)
-    assert read_report(tmp_path / "c" / "toy") == report  # nothing that existed is lost
+def test_a_student_without_an_ar_loss_has_no_ar_decoder():
+    stages = {"ar": ("A", {}), "cft": ("C", {"settings": {"cft_ar_weight": 0.0}})}
+    assert list(evaluate.models_of(stages)) == ["ar", "naive", "cft"]
+    stages["cft"][1]["settings"]["cft_ar_weight"] = 1.0
+    assert evaluate.models_of(stages)["lossless"] == "C"
 
 
-@pytest.mark.parametrize("options, expected", [
-    (["--eval_taus", "0.5,much"], "--eval_taus must be"),
-    (["--eval_taus", "0.5,nan"], "--eval_taus must be"),
-    (["--eval_curve_users", "0"], "--eval_curve_users must be"),
-    (["--eval_speed_seconds", "-1"], "--eval_speed_seconds must be"),
-    (["--eval_speed_seconds", "inf"], "--eval_speed_seconds must be"),
-    (["--show", "-1"], "--show must be"),
-    (["--eval_split", "train"], "--eval_split must be one of test, val"),
-    (["--seeds", "0,many"], "--seeds must be all, or whole numbers"),
-    (["--seeds", "-1"], "--seeds must be all, or whole numbers"),
-    (["--seeds", "7"], "train_ar.py --config toy"),
-    ([], "train_ar.py --config toy"),
-    (["--show", "1"], "train_cft.py --config toy")])
-def test_what_cannot_be_evaluated_is_refused(options, expected, monkeypatch, capsys, tmp_path):
-    assert expected in refused(evaluate, monkeypatch, capsys, tmp_path, *options)
-    assert not list(tmp_path.iterdir())
+def test_a_figure_that_fails_costs_one_line(evaluated, monkeypatch, capsys):
+    def fail(report):
+        raise ValueError("no colour")
+    monkeypatch.setattr(figures, "tradeoff_figure", fail)
+    cfg = parse_args("", [*scripts.TINY, "--run_dir", str(evaluated.parent)])
+    figures.draw_figures(cfg, report_of(evaluated))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "tradeoff.png" in error and "no colour" in error
 
 
-def test_seeds_are_found_whatever_else_lies_there(tmp_path):
-    cfg = Config(run_dir=str(tmp_path / "odd [1]"))
-    for name in ("seed3/ar", "seed10/cft", "seedling/ar", "seed/ar", "seed5/ar/deep"):
-        os.makedirs(tmp_path / "odd [1]" / "toy" / name)
-        (tmp_path / "odd [1]" / "toy" / name / "checkpoint.pt").touch()
-    assert finished_seeds(cfg) == [3, 10] and finished_seeds(cfg, "2,0,2") == [0, 2]
-    alone = Config(run_dir=str(tmp_path / "none"), seed=4, teacher="x")
-    assert finished_seeds(alone) == [4]
-    with pytest.raises(UserError, match="no checkpoint"):
-        finished_seeds(dataclasses.replace(alone, teacher=""))
+# --- Text and JSON ----------------------------------------------------------------------------
+
+def test_cells_of_a_table():
+    row = {"stage": "a|b", "x": {"y": 0.12345}, "none": None,
+           "diff_to_ar": {"m": [0.1, 0.2, 0.3], "n": [None, -0.5, None]},
+           "differ_from_ar": {"m": 70, "n": 7}}
+    cases = [
+        ("x y", ".1%", "12.3%"),
+        ("x z", "", "–"),
+        ("none deeper", "", "–"),
+        ("diff_to_ar m", "", "+0.2000 [+0.1000, +0.3000]"),
+        ("diff_to_ar n", "", "-0.5000 (7 differ)")]
+    for keys, form, wanted in cases:
+        assert cell(row, keys, form) == wanted, keys
+    assert cell({**row, "stage": "ar"}, "diff_to_ar m", "") == "–"
+    assert table([("s", "stage", "")], [row]) == "| s |\n| --- |\n| a\\|b |"
+
+
+def test_json_is_strict(tmp_path):
+    content = {"a": [math.nan, np.float32(1), np.int64(2), 1 / 3], "rows": [{"x": math.inf}, {}]}
+    assert plain(content) == {"a": [None, 1, 2, 0.333333], "rows": [{"x": None}, {}]}
+    write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == plain(content) and text.splitlines()[2:4] == ['{"x": null},', '{}]}']
 
 
 # --- Speed ------------------------------------------------------------------------------------
 
-def test_jobs_run_in_turn_and_the_first_round_is_not_counted():
-    calls = []
+def test_jobs_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
 
-    def job(name):
-        return lambda i: calls.append((i, name)) or torch.tensor([[i + 3, PAD]])
+    def takes(name, seconds):
+        def run(round_):
+            order.append((round_, name))
+            now[0] += 10 * seconds if round_ == 0 else seconds
+            return 6
+        return run
 
-    taken, texts = in_turn({"a": job("a"), "b": job("b")}, 0.0)
-    assert calls == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
-    assert taken["a"].shape == (1, 2) and taken["a"][0, 1] == 1
-    assert texts["b"][0].tolist() == [[4, PAD]]
-
-
-def tiny_prompts():
-    prompts = left_padded([3, 5, 4]).numpy().astype(np.int16)
-    split = type("Rows", (SimpleNamespace,), {"__len__": lambda self: 3})
-    return SimpleNamespace(words=["w"] * 10, max_response=12, n_labels=4,
-                           test=split(prompt=prompts, response=prompts))
+    taken = speed.in_turn({"ar": takes("ar", 3.0), "cft": takes("cft", 1.0)}, seconds=45)
+    assert order == [(0, "ar"), (0, "cft"), (1, "cft"), (1, "ar"), (2, "ar"), (2, "cft")]
+    assert taken["ar"].tolist() == [[3, 6], [3, 6]] and taken["cft"].tolist() == [[1, 6], [1, 6]]
+    assert len(speed.in_turn({"ar": takes("ar", 1.0)}, seconds=0)["ar"]) == 1
 
 
-@pytest.mark.parametrize("kind", [GPT, FastGPT])
-@pytest.mark.parametrize("name", ["ar", "block"])
-def test_a_timed_job_reads_its_prompt_once_and_writes_its_response_once(kind, name):
-    model = tiny_gpt(kind=kind, dtype=torch.float32)
-    world = tiny_prompts()
-    cfg = Config(device="cpu", trace="free", block_size=4, commit="threshold", tau=0.5)
-    read = []
-    hook = model.register_forward_pre_hook(lambda model, args: read.append(args[0].shape))
-    job = speed_jobs(cfg, world, model, model, 3, 12)[name]
-    tokens = job(0)
-    hook.remove()
-    P = world.test.prompt.shape[1]
-    steps = int((tokens != PAD).sum(1).max())
-    if name == "ar":
-        assert read == [(3, P)] + [(3, 1)] * (steps - 1)  # the prompt, then a token a forward
-    else:
-        assert read[0] == (3, P + 4) and len(read) <= steps
-        assert all(n <= 3 and width <= 8 for n, width in read[1:])  # two blocks at most
-    assert speed(cfg, world, model, model, 3, 0.0)["ratio"] > 0
+def test_speed_ups_are_those_of_tokens_a_second(monkeypatch):
+    cfg = parse_args("", scripts.TINY)
+    now, seen = [0.0], []
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+
+    def writer(seconds, n_tokens):
+        """Writes so many tokens to every prompt, in so many seconds a call."""
+        def decoder(prompt, max_len):
+            now[0] += seconds
+            seen.append(len(prompt))
+            tokens = torch.full((len(prompt), max_len), PAD)
+            tokens[:, :n_tokens] = 9
+            return Decoded(tokens, tokens, tokens, tokens, tokens[:, 0], 1)
+        return decoder
+
+    found = speed.speeds(cfg, load_world(cfg), {"ar": writer(2.0, 3), "cft": writer(0.5, 6)}, 1)
+    assert set(seen) == {1, 64}
+    assert found["ar"] == {"latency_ms": 4000, "tokens_per_s_b1": 1.5, "speedup_b1": 1,
+                           "tokens_per_s_b64": 96, "speedup_b64": 1}
+    assert found["cft"]["speedup_b1"] == found["cft"]["speedup_b64"] == 8
 
 
-def test_a_decoder_that_writes_nothing_has_no_ratio(monkeypatch):
-    world, model = tiny_prompts(), tiny_gpt(dtype=torch.float32)
-    nothing = torch.full((3, 12), PAD)
-    monkeypatch.setattr("report.speed.ar_write", lambda *args: SimpleNamespace(tokens=nothing))
-    found = speed(Config(device="cpu", block_size=4), world, model, model, 3, 0.0)
-    assert found["ratio"] is None and found["ar"] == 0
-
-
-# --- The constrained row ----------------------------------------------------------------------
-
-@pytest.mark.parametrize("world_name", ["toy", "toy_random_labels"])
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("trace", ["free", "bound"])
-def test_constrained_answers_are_permutations_of_the_list_whatever_the_weights(
-        world_name, fast, trace):
-    cfg = Config(world=world_name, n_train=8, n_val=8, n_test=6, n_layer=1, d_model=16,
-                 device="cpu", fast=fast, trace=trace)
-    world = toy_world(cfg)
-    kind = FastGPT if fast else GPT
-    for seed in range(3):
-        model = tiny_gpt(seed, len(world.words), torch.float32, kind)
-        if not fast:  # as new_model makes it, to be copied into its twin
-            model = kind(len(world.words), 1, 2, 16).eval()
-        rows = range(1, 6)
-        prompt = torch.from_numpy(world.test.prompt[1:6]).long()
-        decoded = constrained_decode(cfg, world, model, prompt, rows)
-        answers = parse_answers(decoded.tokens.numpy(), world.test.incoming[1:6])
-        assert answers.valid.all()
-        assert trace == "bound" or (answers.trace_tokens == 36).all()
-
-
-def test_labels_are_assigned_the_surest_first():
-    p = torch.tensor([[[0.5, 0.4, 0.1], [0.6, 0.3, 0.1], [0.0, 0.0, 0.0]]])
-    taken = assigned(p, 3)[0].nonzero().tolist()
-    assert taken == [[0, 1], [1, 0]]  # slot 1 takes label 0, so slot 0 takes label 1; slot 2 none
-
-
-# --- Figures ----------------------------------------------------------------------------------
+# --- The page ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    """A folder with a teacher and a student of the toy world."""
-    folder = tmp_path_factory.mktemp("student")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for module in (train_ar, train_cft):
-            run(module, monkeypatch, folder)
-    return folder
+def page(made):
+    with pytest.MonkeyPatch.context() as patch:
+        scripts.run(html, patch, made, "--user", "15", "--taus", "0.5")
+    return (made / "toy" / "decode.html").read_text(encoding="utf-8")
 
 
-def test_figures_that_fail_cost_neither_the_table_nor_each_other(student, monkeypatch, capsys):
-    def broken(*args):
-        raise KeyError("what")
-    monkeypatch.setattr(figures, "stages_figure", broken)
-    monkeypatch.setattr(figures, "denoising_figure", broken)
-    for name in glob.glob(str(student / "toy" / "*.*")):
-        os.remove(name)
-    capsys.readouterr()
-    run(evaluate, monkeypatch, student)
-    out = capsys.readouterr()
-    assert "oracle" in out.out and out.out.index("oracle") < out.out.index("written: ")
-    warnings = [line.split("\r")[-1] for line in out.err.split("\n") if "warning" in line]
-    assert len(warnings) == 2 and "stages.png could not be drawn (KeyError" in warnings[0]
-    there = set(os.listdir(student / "toy"))
-    assert {"report.json", "report.md", "tradeoff.png", "mask.png", "throughput.png"} <= there
-    assert "stages.png" not in there and not glob.glob(str(student / "toy" / "*.part"))
+def data_of(page):
+    found = re.search(r'<script type="application/json".*?>(.*?)</script>', page, re.S)
+    return json.loads(found[1])
 
 
-def test_the_table_is_printed_before_anything_can_go_wrong(student, monkeypatch, capsys):
-    def full(*args):
-        raise UserError("cannot write report.json (No space left on device)")
-    monkeypatch.setattr(evaluate, "write_report", full)
-    with pytest.raises(SystemExit):
-        run(evaluate, monkeypatch, student)
-    assert "constrained" in capsys.readouterr().out
+class Tags(HTMLParser):
+    """Finds tags that are not closed."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in ("meta", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
-def test_a_notebooks_backend_does_not_matter(backend):
-    environment = os.environ | {"MPLBACKEND": backend, "OMP_NUM_THREADS": "1"}
-    code = ("from report.figures import mask_figure\n"
-            "mask_figure().savefig('/dev/null', format='png')")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+def test_the_page_is_one_file_that_asks_nobody(page, made):
+    for asks in ("http://", "https://", "src=", "href=", "@import", "url(", "fetch(", html.MARK):
+        assert asks not in page
+    tags = Tags(page)
+    assert tags.open == [] and len(set(tags.ids)) == len(tags.ids)
+    assert set(re.findall(r'\$\("([\w-]+)"\)', page)) <= set(tags.ids)
+    assert (made / "toy" / "denoising.gif").read_bytes().startswith(b"GIF")
 
 
-def test_damaged_lines_of_a_log_are_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "valid": 0.5, "tokens_per_forward": 3}\n{"step": 2, "va\n'
-                     b'\xff\xfe\x00\n[1]\n3\n\n{"step": 3}\n')
-    assert [line["step"] for line in read_log(path)] == [1, 3]
-    assert read_log(tmp_path / "none") == []
+def test_the_page_has_every_user_and_every_threshold(page):
+    data = data_of(page)
+    assert [user["number"] for user in data["users"]] == [15, 16]  # there are 16
+    for user in data["users"]:
+        assert list(user["students"]) == ["naive", "cft", "opd"]
+        for at_tau in user["students"].values():
+            assert list(at_tau) == ["0.5", "0.9"]
+        for response in (user["ar"], *user["students"]["opd"].values()):
+            n = len(response["tokens"])
+            assert n == len(response["block"]) == len(response["forward"])
+            assert max(response["forward"]) < len(response["ends"])
+            assert response["ends"] == sorted(response["ends"])
+            assert sorted(response["order"]) == sorted(user["before"])
 
 
-@pytest.mark.parametrize("log", [b"", b"garbage\n{\n", b'{"step": 0}\n{"step": 1, "valid": 0.5'])
-def test_the_stages_are_drawn_with_a_damaged_log_or_none(log, tmp_path):
-    cfg = Config(run_dir=str(tmp_path))
-    os.makedirs(tmp_path / "toy" / "seed0" / "cft")
-    (tmp_path / "toy" / "seed0" / "cft" / "metrics.jsonl").write_bytes(log)
-    path = os.path.join(ROOT, "results", "toy", "report.json")
-    with open(path, encoding="utf-8") as file:
-        report = json.load(file)
-    for fig in (stages_figure(cfg, report), tradeoff_figure(report)):
-        fig.savefig(tmp_path / "x.png")
+def test_words_of_the_data_stay_data(monkeypatch):
+    word = "</script><script>alert(1)</script><!-- \u2028 日本"
+    page = html.page_of({"words": [word]})
+    assert data_of(page) == {"words": [word]} and Tags(page).open == []
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize("word", ["A $5 > B $9 \\frac{", "$\\unknown$", "日本"])
-def test_words_of_the_data_are_no_markup_in_a_figure(word, tmp_path):
-    cfg = Config(n_train=8, n_val=8, n_test=6, device="cpu")
-    world = toy_world(cfg)
-    world.words = [word] * len(world.words)
-    model = tiny_gpt(0, len(world.words), torch.float32, FastGPT)
-    fig, show_until, order = denoising_figure(cfg, world, model, user=2, tau=0.99)
-    assert order == sorted(order) and len(order) > 3
-    write_gif(str(tmp_path / "x.gif.part"), fig, show_until, order, most=3)
-    from PIL import Image
-    image = Image.open(tmp_path / "x.gif.part")
-    assert image.format == "GIF" and 3 <= image.n_frames <= 5
+def test_a_user_who_is_not_there_is_refused(made, monkeypatch, capsys):
+    message = scripts.refused(html, monkeypatch, capsys, made, "--user", "17")
+    assert "there are 16 test users" in message
 
 
-def test_the_gif_of_a_run_shows_more_steps_at_a_higher_tau(student, monkeypatch, capsys, tmp_path):
-    out = str(tmp_path / "x.gif")
-    run(gif, monkeypatch, student, "--out", out, "--user", "2", "--tau", "1")
-    many = int(capsys.readouterr().out.split("tau 1.0, ")[1].split()[0])
-    run(gif, monkeypatch, student, "--out", out, "--user", "2", "--tau", "0.01")
-    few = int(capsys.readouterr().out.split("tau 0.01, ")[1].split()[0])
-    assert many > few and os.path.getsize(out) > 500
-    assert "there are 60 test users" in refused(gif, monkeypatch, capsys, student, "--user", "61")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+               None)
+DRIVE = """
+<script>
+{
+const seen = {errors: []};
+addEventListener("error", event => seen.errors.push(event.message));
+const press = key => document.body.dispatchEvent(
+  new KeyboardEvent("keydown", {key, bubbles: true}));
+const words = id => [...document.querySelectorAll(`#${id} .cell:not(.open):not(.empty)`)]
+  .map(cell => cell.children[1].textContent);
+seen.first = words("student").length;
+press("ArrowRight");
+seen.second = words("student").length + words("ar").length;
+press(" ");
+seen.playing = playing;
+press("ArrowLeft");
+goTo(Infinity);
+seen.student = words("student");
+seen.ar = words("ar");
+$("student-choice").value = "naive";
+load();
+seen.naive = words("student");
+$("theme").click();
+seen.dark = getComputedStyle(document.body).backgroundColor;
+seen.overflow = document.documentElement.scrollWidth - innerWidth;
+document.body.append(Object.assign(document.createElement("pre"),
+  {id: "seen", textContent: JSON.stringify(seen)}));
+}
+</script>"""
 
 
-# --- --show -----------------------------------------------------------------------------------
+@pytest.mark.skipif(not BROWSER, reason="there is no chromium to look at the page with")
+def test_a_browser_shows_the_page_and_obeys_its_keys(page, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", DRIVE + "</body>"), encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=2000",
+               "--window-size=390,844", f"file://{file}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)[1]
+    seen = json.loads(entities.unescape(found))
 
-def test_show_prints_users_and_writes_nothing(student, monkeypatch, capsys):
-    before = sorted(os.listdir(student / "toy"))
-    capsys.readouterr()
-    run(evaluate, monkeypatch, student, "--show", "2")
-    out = capsys.readouterr().out
-    assert "cft of toy" in out and "user 2: " in out and "user 3" not in out
-    assert out.count("<answer>") <= 4 and sorted(os.listdir(student / "toy")) == before
-    assert out.count("true next item") == 2
+    user = data_of(page)["users"][0]
+    wanted = {"ar": user["ar"], "student": user["students"]["opd"]["0.9"],
+              "naive": user["students"]["naive"]["0.9"]}
+    for name, response in wanted.items():
+        assert seen[name] == [word for word in response["tokens"] if word is not None], name
+    assert seen["errors"] == [] and seen["first"] == 0 < seen["second"] and seen["playing"]
+    assert seen["dark"] == "rgb(21, 23, 27)" and seen["overflow"] <= 0
