@@ -26,10 +26,10 @@ class Config:
     device: OneOf("auto", "cpu", "cuda") = "auto"  # auto: the GPU, if there is one
 
     # The world: what a prompt is made of. Label words: 2 n_candidates, so answers can be wrong.
-    world: OneOf("toy", "toy_random_labels", "toy_expert", "toy_target", "beauty", "beauty_expert",
-                 "beauty_target") = "toy"
-    #   toy: label L3 is the third of the list; toy_random_labels: labels are dealt out at random
-    #   *_expert: rankings of an expert who errs; *_target: the same, what the user took first
+    world: OneOf("toy", "toy_expert", "toy_target",
+                 "beauty", "beauty_expert", "beauty_target") = "toy"
+    #   *_expert: the training text ranks as an expert who errs; *_target: the same, but the item
+    #   that the user took comes first
     data_dir: Text() = "data/beauty"  # Amazon Beauty: sequences.txt and items.tsv
     n_candidates: Whole(2, 63) = 8    # K, the length of all lists but some in training
     vary_lists: Real(0, 1) = 0.4      # share of training lists with a length from K / 2 to K

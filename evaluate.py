@@ -27,7 +27,7 @@ from ours.lossless import lossless_decode
 from plumbing.checkpoint import finished_stages
 from plumbing.processes import RANK
 from plumbing.script import script
-from plumbing.settings import Numbers, OneOf, Real, Text, Whole
+from plumbing.settings import Numbers, OneOf, Real, Text, UserError, Whole
 from report.figures import draw_figures
 from report.intervals import paired_interval
 from report.show import show
@@ -165,7 +165,10 @@ def main(cfg, options):
         return show(cfg, world, options.show)
     results = [Result(row, None, score_order(world.test, order))
                for row, order in known_orders(cfg, world).items()]
-    for seed in chosen_seeds(cfg, options.seeds):
+    seeds = chosen_seeds(cfg, options.seeds)
+    if cfg.from_ and len(seeds) > 1:
+        raise UserError("--from names one run, which has one seed: leave out --seeds")
+    for seed in seeds:
         results += evaluate_seed(dataclasses.replace(cfg, seed=seed), options, world)
 
     report = make_report(cfg, options, world, results, paired_interval)

@@ -22,6 +22,7 @@ from diffusion import draw_noise, every_block, fill_last_block, read_blocks, tak
 from plumbing.checkpoint import device_of, load_stage, start_from
 from plumbing.processes import share
 from plumbing.script import script
+from plumbing.settings import UserError
 from train_ar import weighted_nats
 from trainer import (Run, ar_writer, autocast, block_writer, decode_split, load_world, rng_for,
                      validate)
@@ -40,6 +41,9 @@ def teacher_text(cfg, world, split):
     teacher, _ = load_stage(cfg, "ar", world)
     written, _ = decode_split(cfg, world, split, ar_writer(teacher))  # one or two arrays (N, R)
     valid = parse_answers(joined(written), split.incoming).valid
+    if not valid.any():
+        raise UserError("the teacher has written no valid answer to learn from: use --cft_gold true, "
+                        "or train it for longer (--ar_steps)")
     prompts = [split.prompt, as_prompt(written[0])]
     return [Examples(prompt[valid], response[valid])
             for prompt, response in zip(prompts, written)]

@@ -361,13 +361,15 @@ def resume(cfg, stage, model, optimizers, world, began_with):
         raise UserError(f"{path} was begun from other weights (--from or the stage before has "
                         "changed): use the same, or train it anew with --again true")
     load_weights(state, model)
+    if state["finished"]:
+        return state["step"], state["seconds"], True
     try:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     except (KeyError, ValueError):
         raise UserError(f"{path} has the optimizers of another version of trainer.py: train it "
                         "anew with --again true")
-    return state["step"], state["seconds"], state["finished"]
+    return state["step"], state["seconds"], False
 
 
 def save_run(run, done):

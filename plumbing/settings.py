@@ -18,7 +18,7 @@ import sys
 
 # Settings that change no weight: a checkpoint may be used with other values of them.
 RUNTIME = {"run_dir", "threads", "device", "data_dir", "every", "n_val", "n_test", "tau",
-           "commit", "from_", "again"}
+           "from_", "again"}
 
 
 class UserError(Exception):
@@ -201,5 +201,7 @@ def settings_of(cfg, stage):
     values = dataclasses.asdict(cfg)
     if stage == "ar":
         del values["block_size"]  # the teacher writes one token at a time
+    if stage in ("ar", "cft"):
+        del values["commit"]      # the commit rule of roll-outs matters to OPD and RL alone
     return {name: value for name, value in values.items()
             if name not in RUNTIME and not name.startswith(later)}

@@ -148,7 +148,7 @@ def test_answers_are_read_and_repaired():
         assert got.order[1].tolist() == [0, 1, -1, -1] and got.valid[1] and got.identity[1]
 
 
-def test_repair_and_identity_follow_the_incoming_order_of_random_labels():
+def test_repair_and_identity_follow_the_incoming_order():
     incoming = np.array([[2, 0, 1, -1]] * 3)
     tokens = np.array([[WORD, ANSWER, L3, L1, L2, EOS], [WORD, ANSWER, L2, EOS, PAD, PAD],
                        [WORD, ANSWER, L1, L2, L3, EOS]])
@@ -296,22 +296,6 @@ def test_users_are_drawn_as_the_model_of_the_world_says(world):
     share = np.bincount(part.target, minlength=K) / len(n)
     prior = np.exp(-TOY_PRIOR * np.arange(K))
     assert np.abs(share - prior / prior.sum()).max() < 0.05
-
-
-def test_random_labels_name_the_same_candidates_in_another_way(world):
-    plain, random = world.val, toy_world(replace(CFG, world="toy_random_labels")).val
-    assert not np.array_equal(random.incoming, plain.incoming)
-    assert np.array_equal(np.sort(random.incoming), np.sort(plain.incoming))
-    for n in range(len(random)):  # the same labels in the prompt, the trace, the incoming order
-        labels = random.incoming[n][random.incoming[n] >= 0] + LABEL
-        for row in (random.prompt[n], random.trace[n]):
-            assert [t for t in row if LABEL <= t < LABEL + CFG.n_labels] == labels.tolist()
-    assert any((random.order[n] != plain.order[n]).any() for n in range(5))
-    for a, b in ((random.prompt, plain.prompt), (random.trace, plain.trace)):
-        is_label = (b >= LABEL) & (b < LABEL + CFG.n_labels)
-        assert np.array_equal(a[~is_label], b[~is_label])
-    place = np.take_along_axis(random.incoming, plain.target[:, None].astype(int), 1)[:, 0]
-    assert np.array_equal(place, random.target)
 
 
 def test_the_first_users_are_the_same_whatever_the_seed_and_the_sizes(world, monkeypatch):

@@ -495,7 +495,8 @@ for command in {commands!r}:
     sys.argv = compare.expanded(command + {tiny!r} + ["--cft_gold", "true", "--seeds", "0"])
     script(compare.main, "", compare.Options)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for claim in ("lead − CFT", "ndcg − places", "t2 − CFT", "OPD − more CFT"):
         assert f"| {claim} | 0 |" in done.stdout

@@ -117,6 +117,7 @@ def test_a_stage_depends_on_its_settings_and_on_those_before_it():
             own = {name for name in names if name.startswith(other + "_")}
             assert own <= now if other in STAGES[:i + 1] else not own & now
         assert ("block_size" in now) == (stage != "ar")
+        assert ("commit" in now) == (stage in ("opd", "rl"))  # the rule of their roll-outs
         before = now
     assert before == names - RUNTIME
 

@@ -29,8 +29,9 @@ def toy_oracle(counts, items, list_length, prior=TOY_PRIOR):
     """Bayes score of each candidate, log P(target = c | prompt) + const: (N, K).
 
     counts (N, A, V): how often the history has each value; items (N, K, A); list_length (N,).
-    The favourite's posterior is f_v ~ rho^count_v, rho = (q + u) / u with u = (1 - q) / V. An
-    item that the user takes has value v with probability p_v = q f_v + u, another with 1 / V:
+    A history item has value v with probability q + u if v is the favourite, else u, where
+    u = (1 - q) / V. So the favourite's posterior is f_v ~ rho^count_v, rho = (q + u) / u. An item
+    that the user takes has value v with probability p_v = q f_v + u, another item with 1 / V:
         score = log prior(place) + sum over attributes of log(V p_v)"""
     u = (1 - TOY_Q) / TOY_VALUES
     rho = (TOY_Q + u) / u
@@ -43,9 +44,9 @@ def toy_oracle(counts, items, list_length, prior=TOY_PRIOR):
     return np.where(place < list_length[:, None], score, -np.inf)
 
 
-def toy_users(list_length, K, deal, rng):
+def toy_users(list_length, K, rng):
     """Draws users with lists of list_length (n,) in K places -> history (n, H, A), items
-    (n, K, A), incoming (n, K) labels, target (n,) label. deal: labels are dealt out at random."""
+    (n, K, A), incoming (n, K) labels, target (n,) label."""
     n = len(list_length)
     favourite = rng.integers(TOY_VALUES, size=(n, 1, TOY_ATTRIBUTES))
 
@@ -62,16 +63,13 @@ def toy_users(list_length, K, deal, rng):
     drawn = rng.random((n, 1)) * prior.sum(1, keepdims=True)
     place = (drawn > prior.cumsum(1)).sum(1)
     items[np.arange(n), place] = taken(1)[:, 0]
-    incoming = np.where(listed, np.arange(K), -1)
-    if deal:  # the list's own labels in random order; a 2 sorts empty places to the end
-        shuffled = np.argsort(np.where(listed, rng.random((n, K)), 2), axis=1)
-        incoming = np.where(listed, shuffled, -1)
-    return history, items, incoming, incoming[np.arange(n), place]
+    incoming = np.where(listed, np.arange(K), -1)  # label L3 is the third of the list
+    return history, items, incoming, place
 
 
 def toy_examples(history, items, incoming, target, n_labels, prior=TOY_PRIOR, told=False):
-    """Writes users (toy_users) as a Split of tokens, ranked by toy_oracle with this prior; told:
-    but the target first."""
+    """Writes users (toy_users) as a Split of tokens. The order is that of toy_oracle with this
+    prior; with told=True the target is put first."""
     n = len(items)
     words = {word: token for token, word in enumerate(toy_words(n_labels))}
     first_value = words["x0"] + TOY_VALUES * np.arange(TOY_ATTRIBUTES)  # token of x0, y0, z0
@@ -113,14 +111,14 @@ def toy_split(n, number, cfg):
 
     Each split has random streams of its own, so no setting of one changes another, and the same
     users come first whatever n is. All training seeds share one world."""
-    K, deal, parts = cfg.n_candidates, cfg.world == "toy_random_labels", []
+    K, parts = cfg.n_candidates, []
     told = cfg.world == "toy_target"
     prior = TOY_PRIOR * (TOY_EXPERT if told or cfg.world == "toy_expert" else 1)
     for chunk in range(-(-n // TOY_DRAWN)):
         rng = np.random.default_rng([7, number, chunk])
         full = np.full(TOY_DRAWN, K)
         length = draw_list_lengths(TOY_DRAWN, cfg, rng) if number == 0 else full
-        parts.append(toy_users(length, K, deal, rng))
+        parts.append(toy_users(length, K, rng))
     users = [np.concatenate(field)[:n] for field in zip(*parts)]
     return toy_examples(*users, cfg.n_labels, prior, told)
 
