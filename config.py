@@ -2,8 +2,8 @@
 
     python train_cft.py --config small --cft_lr 0.0005 --seed 1
 
-Settings marked "ours" belong to what the paper does not have (the folder ours/). At the values in
-brackets, which PAPER collects, they are off, and the paper's recipe is left.
+Settings marked "ours" belong to our additions to the paper. The value in brackets switches an
+addition off; PAPER collects these values.
 """
 import os
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ SMALL = dict(
     cft_steps=3500,
     opd_steps=100,
     rl_steps=60)
-# Few responses of the teacher to learn from: here OPD is needed (docs/regimes.md).
+# The teacher has written only 300 responses, so CFT has little text to learn from.
 FEW = dict(
     trace="free",
     block_size=16,
@@ -136,7 +136,7 @@ FEW = dict(
     opd_divergence="forward",
     opd_tau=0.5,
     opd_anchor=0.0)
-PAPER = dict(  # without what is ours
+PAPER = dict(  # our additions, switched off
     trace="free",
     wording="fixed",
     commit="threshold",

@@ -39,7 +39,7 @@ class Split:
     trace: np.ndarray     # (N, T) int16 tokens, padded on the right: what the rule writes
     order: np.ndarray     # (N, K) int8 labels, best first, by the oracle or the writer
     target: np.ndarray    # (N,)   int8 label of the true next item, -1 if it is not in the list
-    incoming: np.ndarray  # (N, K) int8 labels in pre-ranked order: 0, 1, ... (or shuffled)
+    incoming: np.ndarray  # (N, K) int8 labels in pre-ranked order: 0, 1, ...
 
     def __len__(self):
         return len(self.prompt)
@@ -61,7 +61,7 @@ class Split:
 @dataclass
 class World:
     words: list        # token -> word
-    n_labels: int      # label words; more than K, so that an answer can name one that is not there
+    n_labels: int      # label words; more than K, so that an answer can name one that is not listed
     train: Split
     val: Split
     test: Split

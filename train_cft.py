@@ -42,8 +42,8 @@ def teacher_text(cfg, world, split):
     written, _ = decode_split(cfg, world, split, ar_writer(teacher))  # one or two arrays (N, R)
     valid = parse_answers(joined(written), split.incoming).valid
     if not valid.any():
-        raise UserError("the teacher has written no valid answer to learn from: use --cft_gold true, "
-                        "or train it for longer (--ar_steps)")
+        raise UserError("the teacher has written no valid answer to learn from: use --cft_gold "
+                        "true, or train it for longer (--ar_steps)")
     prompts = [split.prompt, as_prompt(written[0])]
     return [Examples(prompt[valid], response[valid])
             for prompt, response in zip(prompts, written)]

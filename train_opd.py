@@ -1,20 +1,18 @@
 """Stage 3, OPD: on-policy distillation. The student decodes, the frozen AR teacher corrects it.
 
-    python train_opd.py --config toy_few  # after CFT on 300 responses: 3 minutes on 2 CPU cores
+    python train_opd.py --config toy_few  # after CFT on 300 responses of the teacher
     python train_opd.py --config toy      # after CFT on all text; it has little to do
 
-CFT shows states made by random masks over the training text. While it decodes, a student meets
-others, made by its own choices. So the student decodes, and in states that it met its
-distributions are pulled towards those of the teacher, which reads the same finished text from the
-left (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712). It pays where responses of the teacher are
-few: it takes any prompt, and one parallel forward of the teacher (docs/regimes.md).
+CFT's states come from random masks. The decoder meets other states, made by its own choices. So
+the student decodes, and in states that occurred its distributions are pulled towards the
+teacher's. The teacher reads the same finished text from left to right (GKD, arXiv 2306.13649;
+OPDLM, arXiv 2606.06712). This works with any prompt, and needs one teacher forward per response.
 
-The paper takes the forward KL and no anchor, as toy_few does. After CFT on all text the forward KL
-only makes the student as unsure as its teacher: there our presets take the JSD, and keep the CFT
-loss in the mix.
+The paper uses the forward KL and nothing else, as toy_paper does. A forward KL makes the student
+as unsure as its teacher, and a student that is less sure needs more forwards. So after CFT on all
+text our presets use the JSD, and add the CFT loss as an anchor.
 
-Logged: loss (both terms); divergence alone; rollout_valid (share of valid answers among those
-written); valid and tokens_per_forward as in CFT.
+Logged: loss (both terms), divergence alone, and the figures of CFT.
 """
 import torch
 import torch.nn.functional as F
@@ -47,8 +45,8 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     """
     log_t = F.log_softmax(teacher_logits, -1)
     if kind == "reverse":
-        # Infinite where T is 0. So tokens that opd_exclude took out of T are taken out of S too,
-        # and the two are compared on the rest.
+        # KL(S || T) is infinite where T is 0. exclude_shown (below) sets some tokens of T to 0, so
+        # the same tokens are removed from S.
         student_logits = student_logits.masked_fill(teacher_logits <= NO_TOKEN, NO_TOKEN)
     log_s = F.log_softmax(student_logits, -1)
     if kind == "forward":

@@ -34,9 +34,9 @@ def reward(before, after, k, valid, alpha, conditional):
 
         R = (before - after) / k + alpha * [format bonus],   and -1 for an invalid answer
     before, after: rank of the target (0 = first) in the incoming list and in the answer; k: list
-    length. -1 is below the worst valid answer, (0 - (k - 1)) / k: with 0 an invalid answer would
-    beat every demotion. The bonus is paid only if the target rose, or stood first and still does:
-    GR2 found that paid for format alone (conditional=False) it teaches to copy the input."""
+    length. -1 is lower than the reward of any valid answer; with 0, an invalid answer would beat
+    every answer that demotes the target. The bonus is paid only if the target rose or stayed first.
+    GR2 found that an unconditional bonus (conditional=False) teaches a model to copy the input."""
     rise = (before - after) / k
     stayed_first = (before == 0) & (after == 0)
     bonus = (rise > 0) | stayed_first if conditional else np.ones_like(valid)

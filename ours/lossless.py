@@ -58,7 +58,7 @@ def lossless_decode(model, prompt, max_len, block_size, rule):
     drafted = block_decode(model, prompt, max_len, block_size, rule, cache=cache)
     text = drafted.clean[:, :max_len]                             # (N, max_len)
     forwards = drafted.forwards
-    rows = torch.arange(N, device=prompt.device)                  # those that are not finished, (n,)
+    rows = torch.arange(N, device=prompt.device)                  # (n,) those that are not finished
     while len(rows):
         best = ar_tokens(model, cache, prompt[rows], text[rows])  # (n, max_len)
         draft, n_accepted = amend(text[rows], best)
@@ -97,8 +97,9 @@ def accept(x, q, p, rng):
 
 @torch.no_grad()
 def lossless_sample(model, prompt, max_len, block_size, sampling):
-    """Draws responses from AR's distribution at a temperature: prompt (N, P) -> tokens (N, max_len),
-    [PAD] after the first [EOS]. Plain, without a cache.
+    """Draws responses from AR's distribution at a temperature, plainly, without a cache.
+
+    prompt (N, P) -> tokens (N, max_len), [PAD] after the first [EOS].
 
     A draft fills one block in one step. So its tokens are independent of each other given the
     text before them, as speculative sampling needs: no token has seen another to its right."""

@@ -248,7 +248,8 @@ def without_comments(text):
     """Returns the text of a Python file without comments and docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+        may_have_one = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+        if may_have_one and ast.get_docstring(node):
             node.body[0] = ast.Pass()
     return ast.unparse(tree)
 
