@@ -147,10 +147,22 @@ MUTATIONS = {
         ("recent = shown[:, HIST - 1::-1]", "recent = shown[:, :HIST]", "beauty/prompts")],
     "evaluate.py": [
         ('out[f"served {metric}"] * answers.valid', 'out[f"served {metric}"]', "evaluate"),
-        ("np.log2(rank + 2)", "np.log2(rank + 1.5)", "evaluate"),
-        ("users = of_user.var(ddof=1) / n", "users = 0.0", "evaluate"),
-        ("of_seed.var(ddof=1) / k - noise", "of_seed.var(ddof=1) / k", "evaluate"),
-        ("if n_differ < MUST_DIFFER:", "if False:", "evaluate")],
+        ("np.log2(rank + 2)", "np.log2(rank + 1.5)", "evaluate")],
+    "report/intervals.py": [
+        ("difference = a - b ", "difference = a - b[::-1] ", "evaluate/pairing"),
+        ("users = of_user.var(ddof=1) / n", "users = 0.0", "evaluate/seeds"),
+        ("of_seed.var(ddof=1) / k - noise", "of_seed.var(ddof=1) / k", "evaluate/seeds"),
+        ("if n_differ < MUST_DIFFER:", "if False:", "evaluate/few")],
+    "report/table.py": [
+        ("not other.on_curve and same_seed", "same_seed", "evaluate/curve"),
+        ("same_seed = own.seed == other.seed", "same_seed = True", "evaluate/mean_row"),
+        ("ar_gain = own_gain - diff", "ar_gain = own_gain + diff", "evaluate/mean_row")],
+    "report/denoise.py": [
+        ("n_forwards += int(part.forwards[0])", "n_forwards += 1", "show/counted"),
+        ("elif about in seen:", "elif False:", "show/faults")],
+    "report/speed.py": [
+        ("if round_ > 0:", "if True:", "report/turns"),
+        ("ratio = rate[row] /", 'ratio = rate["ar"] /', "report/speed_ups")],
 }
 
 
