@@ -9,7 +9,7 @@ has a header, then one item a line: item_id, asin, brand and categories, with ta
 Whatever is wrong with a file is told in one sentence (UserError) that names the line.
 
 The order inside a day is not known, because reviews carry a date and no time. A user's reviews of
-one day stand in the order of their asins. docs/beauty.md says how much the pre-ranker gains by it.
+one day stand in the order of their asins. docs/beauty.md says why that matters.
 """
 import os
 

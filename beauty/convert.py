@@ -66,4 +66,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
+        sys.exit("usage: python beauty/convert.py FOLDER, the folder of the two raw files")
     main(sys.argv[1])

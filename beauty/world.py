@@ -13,7 +13,7 @@ from beauty.tokens import beauty_words, tokenize
 from beauty.writer import points, write_scores
 from config import folder
 from data import Split, World, draw_list_lengths
-from plumbing.checkpoint import checksum, load_tensors, save_tensors
+from plumbing.checkpoint import checksum, code_of, load_tensors, save_tensors
 from plumbing.processes import RANK, barrier
 from plumbing.settings import UserError
 
@@ -28,10 +28,11 @@ def beauty_world(cfg):
         raise UserError(f"on Beauty --n_candidates can be at most {K}, not {cfg.n_candidates}")
     sequences, items, n_skipped, _ = read_beauty(cfg.data_dir)
     check_size(sequences, len(items))
-    # Two sums of what was read: a checkpoint has that of the content, world.pt that of all it
-    # depends on.
+    # Two sums of what was read: a checkpoint has that of the content, world.pt that of everything
+    # it depends on, the code of this folder included.
     content = checksum(VERSION, items, [torch.from_numpy(own) for own in sequences])
-    key = checksum(content, n_skipped, cfg.world, cfg.n_candidates, cfg.n_labels, cfg.min_list,
+    code = code_of("beauty/*.py")
+    key = checksum(content, code, n_skipped, cfg.world, cfg.n_candidates, cfg.n_labels, cfg.min_list,
                    cfg.vary_lists, cfg.n_train, cfg.n_val, cfg.n_test)
     path = folder(cfg, "world.pt")
     world = read_world(path, key)

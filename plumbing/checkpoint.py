@@ -132,8 +132,8 @@ def load_tensors(path):
             why = "its checksum differs"
         except Exception as error:  # torch raises many kinds for a file that is cut short
             why = type(error).__name__
-    raise UserError(f"{path} is damaged or no file of this project ({why}): delete it and run the "
-                    "script that writes it again")
+    raise UserError(f"{path} is damaged, or no file of this version of the project ({why}): delete "
+                    "it and run the script that writes it again")
 
 
 # --- Models -----------------------------------------------------------------------------------
@@ -254,17 +254,19 @@ def without_comments(text):
     return ast.unparse(tree)
 
 
-def code_of():
-    """Returns {file: short checksum} of the code that may change what a stage learns."""
+def code_of(*patterns):
+    """Returns {file: short checksum} of the files that match, such as "toy/*.py"."""
     root = Path(__file__).parents[1]
     found = {}
-    for path in [*root.glob("*.py"), *root.glob("toy/*.py"), *root.glob("ours/*.py")]:
+    for path in [path for pattern in patterns for path in sorted(root.glob(pattern))]:
         code = without_comments(path.read_text("utf-8"))
         found[path.relative_to(root).as_posix()] = hashlib.sha256(code.encode()).hexdigest()[:12]
     return found
 
 
-CODE = code_of()  # as the program starts: it does not see what is edited while it runs
+# The code that what a stage learns may depend on, as the program starts: it does not see what is
+# edited while it runs.
+CODE = code_of("*.py", "toy/*.py", "ours/*.py")
 
 
 def changed_code(stage, there):
