@@ -143,7 +143,7 @@ def main(cfg):
         log["signal"] = signal.float().mean().item()
 
         # 3. Several updates on them; the first has ratio 1. Groups without a signal are dropped. If
-        # no group has one, all advantages are 0, and so is the loss.
+        # no group has one, all advantages are 0: the update has no gradient, only momentum.
         kept = signal if signal.any() else ~signal                # (prompts,)
         kept = kept.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
         advantage = advantage.flatten().to(prompt.device)[kept]
