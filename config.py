@@ -44,7 +44,7 @@ class Config:
 
     # The model, the same for teacher and student
     n_layer: Whole(1, 1000) = 4
-    n_head: Whole(1, 1000) = 2   # few and wide: equal items are found by dot products
+    n_head: Whole(1, 1000) = 2   # few heads, so that each is wide enough to compare two items
     d_model: Whole(1, 100000) = 96
 
     # Training, the same for all stages
@@ -60,7 +60,7 @@ class Config:
     ar_lr: Real(0, 1) = 4e-3
 
     # The sampler: how students decode, chosen on validation users
-    block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel, in training too
+    block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel; two blocks hold a trace
     tau: Real(above=0, high=1) = 0.5  # commit what is surer; can be changed after training
     commit: OneOf("apart", "threshold") = "apart"  # ours [threshold]: slots that want the same
     #   label are not committed together
@@ -81,14 +81,14 @@ class Config:
     opd_group: Whole(1, 10 ** 6) = 1  # roll-outs a prompt: one is greedy, several are drawn
     opd_tau: Real(above=0, high=1) = 0.7  # tau of the roll-outs
     opd_anchor: Real(0) = 1.0      # ours [0]: weight of the CFT loss in the mix
-    opd_exclude: Switch() = True   # ours [false]: labels that a state shows are no target
+    opd_exclude: Switch() = True   # ours [false]: labels that a state shows leave the target
 
     # RL: GRPO with DAPO's corrections
-    rl_steps: Whole(0, MANY) = 30  # roll-outs
+    rl_steps: Whole(0, MANY) = 30  # rounds: sample, reward, update
     rl_lr: Real(0, 1) = 3e-5
-    rl_prompts: Whole(1, 10 ** 6) = 8  # prompts a roll-out
+    rl_prompts: Whole(1, 10 ** 6) = 8  # prompts of a round
     rl_group: Whole(2, 10 ** 6) = 8  # samples a prompt; an advantage compares two or more
-    rl_epochs: Whole(1, MANY) = 2  # updates a roll-out; with one the clip never acts
+    rl_epochs: Whole(1, MANY) = 2  # updates of a round; with one the clip never acts
     rl_tau: Real(above=0, high=1) = 0.9  # tau of the roll-outs
     rl_eps_low: Real(0, 1) = 0.2   # ratios are clipped to 1 - eps_low ...
     rl_eps_high: Real(0) = 0.28    # ... and 1 + eps_high
@@ -144,7 +144,8 @@ PAPER = dict(  # our additions, switched off
     cft_ar_weight=0.0,
     opd_anchor=0.0,
     opd_exclude=False)
-# The paper's recipe as it is written, at our size. (Its teacher is SFT, then RL: make paper.)
+# The paper's recipe as it is written, at our size. (Its teacher is trained by AR, then by RL: see
+# `make paper`.)
 RECIPE = dict(
     **PAPER,
     block_size=32,

@@ -69,7 +69,7 @@ class World:
     notes: dict        # measured facts about the data, for the report
     references: dict = dataclasses.field(default_factory=dict)  # name -> (N, K) other test orders
     nearest: dict = dataclasses.field(default_factory=dict)     # Beauty: how evidence is rounded
-    checksum: str = ""  # of all that the splits were made of: a checkpoint belongs to one world
+    checksum: str = ""  # of the data behind the splits: a checkpoint belongs to one world
     canonical: np.ndarray = None  # (V,) synonym -> its word (ours/wording.py); None: no synonyms
 
     def longest(self, trace):
@@ -150,7 +150,7 @@ def examples_of(split, trace):
 def as_prompt(trace):
     """Traces as they were written (N, R) -> as they are read: without [EOS], padded on the left."""
     text = np.where(trace == EOS, PAD, trace)
-    text[(text == PAD).all(1), -1] = EOS  # of an empty trace something has to be read
+    text[(text == PAD).all(1), -1] = EOS  # an empty trace would be an empty prompt
     return pack(text, left=True)
 
 
@@ -164,7 +164,8 @@ def joined(written):
 
 def tensors(examples, rows, device):
     """Prompts (n, P) and responses (n, R) of some rows, int64. Columns of padding are left out of
-    the prompts. Responses stay as wide as the longest that can be met."""
+    the prompts. Responses have the same width in every batch, that of the longest that can be met;
+    it serves as max_len where a student decodes."""
     prompt = examples.prompt[rows]
     prompt = prompt[:, (prompt != PAD).any(0)]
     response = examples.response[rows]
@@ -180,7 +181,8 @@ def draw_rows(n, size, rng):
 def draw_examples(kinds, size, answer_share, rng):
     """A batch for one step, all of one kind: the Examples drawn from, and row numbers (size,).
 
-    Answers are the harder part, so they come with probability answer_share."""
+    Answers are the harder part, so they come with probability answer_share. With trace "free"
+    there is one kind, and answer_share changes nothing."""
     is_answer = torch.rand((), generator=rng) < answer_share
     examples = kinds[-1] if is_answer else kinds[0]
     return examples, draw_rows(len(examples), size, rng)
@@ -201,7 +203,7 @@ def answer_labels(tokens):
 
 
 def token_weights(response, answer_weight):
-    """Loss weight of each token (N, R): 1 in the trace, answer_weight after it, 0 for padding."""
+    """Loss weight of each token (N, R): answer_weight after <answer>, 1 up to it, 0 for padding."""
     weight = torch.where(in_answer(response), answer_weight, 1.0)
     return weight * (response != PAD)
 

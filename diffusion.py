@@ -41,7 +41,7 @@ def block_mask(prompt_len, response_len, block_size, block):
 
     The clean text is read from the left, so its outputs are those of the AR model and its keys
     serve both decoders. (BD3-LM, arXiv 2503.09573, sec. 3.2, lets a clean block see itself in both
-    directions; the other entries are its masks.)"""
+    directions. Everything else in this table is as there.)"""
     P, R, B = prompt_len, response_len, block_size
     N, M = block.shape
     device = block.device
@@ -75,7 +75,7 @@ def read_blocks(model, prompt, clean, noised, block):
     M, B = noised.shape[1:]
     device = prompt.device
 
-    # Lay out one row: prompt, clean response, segments. A segment stands where its block does.
+    # Lay out one row: prompt, clean response, segments. A segment has the positions of its block.
     tokens = torch.cat((prompt, clean, noised.flatten(1)), dim=1)  # (N, T)
     slot = torch.arange(B, device=device)                         # place within a block
     start = P + block[..., None] * B                              # (N, M, 1)
@@ -119,8 +119,9 @@ def take_blocks(x, block, block_size):
 def fill_last_block(response, block_size):
     """Extends responses (N, R), padded on the right, to whole blocks: (N, R').
 
-    The sampler starts every block as B masks and cannot know where the response ends. So it also
-    sees the slots after [EOS]: they are filled with [EOS], and the model learns to write them.
+    The sampler starts every block as B masks and cannot know where the response ends. So in the
+    last block the model meets slots after the end. In training they are filled with [EOS], and
+    the model learns to write that.
     Returns also which slots were filled, bool (N, R'). Blocks after the last stay [PAD]."""
     B = block_size
     R = math.ceil(response.shape[1] / B) * B
@@ -140,11 +141,12 @@ def draw_noise(block, block_size, first_steps, rng):
     has weight 1 / t, which makes up for how rarely it is masked (MDLM, arXiv 2406.07524, eq. 10).
     Slot 0 is predicted from the clean text: it is shown, and always has weight 1.
 
-    Ours: a share `first_steps` of the segments has t = 1, as every block has when its decoding
-    begins. The paper has 0."""
+    Ours: a share `first_steps` of the segments has t = 1 and shows [MASK] in slot 0 too, as every
+    block does when its decoding begins. The paper has 0."""
     N, M = block.shape
     n, B = N * M, block_size
-    # Stratified: one t in each of n equal parts of (0, 1]. The same distribution, less variance.
+    # Stratified: each of n equal parts of (0, 1] gets one t, in random order. The distribution of a
+    # single t is the same, and the mean over a batch varies less.
     part = torch.randperm(n, generator=rng)
     t = 1 - (part + torch.rand(n, generator=rng)) / n             # (n,) rand is < 1, so t > 0 ...
     t = t.clamp(min=1e-7)                                         # ... but for rounding
@@ -172,21 +174,22 @@ def decode_states(decoded, block, step):
 
 def replay_logp(model, prompt, decoded, temperature=0.0):
     """Log-probabilities (N, R) of the decoded tokens, each in the state in which it was
-    committed; 0 outside the response. Differentiable. Equals decoded.logp for the model that
-    decoded.
+    committed; 0 outside the response. Differentiable. For the model that decoded, they are
+    decoded.logp.
 
     A block depends on the clean text before it only, so all states of all blocks are segments of
-    one forward (TraceRL, arXiv 2509.06949). Given a state, the commit rule chooses slots from the
-    distributions alone and never looks at the drawn tokens. So the choice has probability 1, and
-    the product of the token probabilities is the likelihood of the decode. There is one exception:
-    tokens of a block that come after an early [EOS] influenced later steps but are not counted."""
+    one forward (TraceRL, arXiv 2509.06949). Which slots are committed follows from the state; only
+    the tokens are random. So the likelihood of a decode is the product of their probabilities.
+    There is one exception: tokens to the right of an early [EOS] in its block influenced later
+    steps, but are not counted."""
     B = decoded.block_size
     N, R = decoded.tokens.shape
     n_blocks = R // B
     step = torch.where(decoded.tokens != PAD, decoded.commit_step, -1)   # (N, R)
     n_steps = int(step.max()) + 1                                 # of the slowest block
 
-    # One segment for each block and step; blocks that took fewer steps leave some unused.
+    # One segment for each block and step; blocks that took fewer steps leave some unused. Two
+    # blocks and three steps: block 0 0 0 1 1 1, shown_step 0 1 2 0 1 2.
     block = every_block(decoded.tokens, B).repeat_interleave(n_steps, 1)  # (N, M)
     shown_step = torch.arange(n_steps, device=prompt.device).repeat(n_blocks)  # (M,)
     shown_step = shown_step.expand(N, -1)

@@ -43,7 +43,7 @@ TIMED = ("ar", "cft", "lossless")      # rows whose speed is measured
 
 
 @dataclass(frozen=True)
-class Options:
+class Options:  # an annotation is the range that is allowed (plumbing/settings.py)
     show: Whole(0, 10 ** 6) = 0  # print so many test users, and what AR and the student wrote
     seeds: Text() = ""           # seeds that are averaged, such as 0,1,2; empty: that of --seed
     eval_split: OneOf("test", "val") = "test"  # val, to choose settings: writes report_val.json
@@ -103,7 +103,8 @@ def models_of(stages):
     """{row: model} for the rows of the table that stages, {stage: (model, checkpoint)}, allow."""
     models = {"ar": stages["ar"][0], "naive": stages["ar"][0]}
     models |= {stage: model for stage, (model, _) in stages.items()}
-    # Of the students only CFT's is trained to decode token by token as well.
+    # CFT with the AR loss in the mix makes a model that decodes token by token as well. [1] is the
+    # checkpoint, a dict.
     if "cft" in stages and stages["cft"][1]["settings"]["cft_ar_weight"]:
         models["own ar"] = models["lossless"] = models["cft"]
     return models

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from data import EOS, PAD
 
-NO_TOKEN = -1e4  # logit of a token that may not come; -inf * 0 would spoil the KL of OPD
+NO_TOKEN = -1e4  # logit of a token that may not come: softmax makes it 0. (-inf would make a nan)
 
 
 def attend(q, k, v, mask):
@@ -69,7 +69,7 @@ class KVCache:
         """The cache of the rows that are kept, bool (N,): itself if these are all."""
         if kept.all():
             return self
-        part = object.__new__(KVCache)
+        part = object.__new__(KVCache)  # without __init__, which would allocate
         part.k = self.k[:, kept]
         part.v = self.v[:, kept]
         part.length = self.length
@@ -144,7 +144,7 @@ class GPT(nn.Module):
 
         [PAD] and [MASK] are only ever read: no decoder may write them."""
         out = F.linear(hidden, self.embed.weight)
-        out[..., :EOS] = NO_TOKEN  # the first two words; a list of them would be copied to a GPU
+        out[..., :EOS] = NO_TOKEN  # [PAD] and [MASK]; indexing by a list would copy it to a GPU
         return out.float() if out.dtype == torch.bfloat16 else out
 
 

@@ -39,7 +39,7 @@ class Decoded:
     @property
     def clean(self):
         """(N, R) filled, with [EOS] in slots that were never committed. No scored token depends
-        on those: they are in the last block."""
+        on those: they are in the row's last block, or after it."""
         return torch.where(self.filled == MASK, EOS, self.filled)
 
     def take(self, rows):
@@ -72,7 +72,8 @@ class Threshold:
         confidence = logp.amax(-1).exp()                          # (N, B)
         confidence = torch.where(open_, confidence, -1.0)
         sure = confidence > self.tau
-        # At least one slot, so that every step makes progress: a forced one, or the surest.
+        # At least one slot, so that every step makes progress: a forced one, or the surest. (A row
+        # may have nothing open, hence "& open_" below.)
         best = F.one_hot(confidence.argmax(1), logp.shape[1]).bool()
         none_forced = ~forced.any(1, keepdim=True)                # (N, 1)
         return sure | forced | (best & open_ & none_forced)
@@ -88,7 +89,8 @@ def decode_mask(pad, length, n_clean, n_block):
     """Who sees whom in a step of the decoder, which reads n_clean tokens of finished text and a
     block of n_block after the `length` tokens of its cache.
 
-    The text is causal, and the block sees everything: the rows of diffusion.block_mask.
+    The text is causal, and the block sees everything before it and itself: as the clean rows and
+    the segment rows of diffusion.block_mask.
     pad (N, 1): padding at the start of each row -> bool (N, 1, n_clean + n_block, S)."""
     S = length + n_clean + n_block
     key = torch.arange(S, device=pad.device)                      # (S,)
@@ -120,9 +122,11 @@ def read_step(model, cache, pad, unread, block):
 
 @torch.no_grad()
 def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY, cache=None):
-    """Writes responses block by block. prompt (N, P) padded on the left; max_len: tokens at most,
-    rounded up to whole blocks; rule: a value with `choose`; cache: an empty one, if the caller
-    goes on with it -> Decoded. A block is never wider than the longest response.
+    """Writes responses block by block: prompt (N, P), padded on the left -> Decoded.
+
+    max_len: tokens at most, rounded up to whole blocks; a block is never wider than that.
+    rule: a value with `choose`, such as Threshold.
+    cache: an empty KVCache, if the caller needs the keys of the prompts afterwards.
 
     A block sees finished text only, so the keys of that text stay in a cache. The step that opens
     a block also reads what the cache lacks: the prompt, or the block before. So storing a finished
@@ -144,7 +148,8 @@ def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY, cach
             block = decoded.filled[rows, span]                    # (n, B)
             text = unread if step == 0 else block[:, :0]
             hidden = read_step(model, part, pad[rows], text, block)   # (n, B, d)
-            part.length += text.shape[1]  # the text stays in the cache, the open block does not
+            # The text stays in the cache, the open block does not. In step 0 part is cache itself.
+            part.length += text.shape[1]
             commit(decoded, rows, span, step, model.logits(hidden), rule, sampling)
             step += 1
             # Rows whose block is full wait for the others, outside the batch.

@@ -7,8 +7,11 @@ Next-token cross-entropy on the response. Traces are written by rule from the pr
 the oracle (toy) or by a learned scorer that only writes training data (Beauty). The paper's teacher
 is this *and then RL*: see `make paper`.
 
-metrics.jsonl has the loss of every step and, at some steps, what 64 validation users are given:
-valid (share of valid answers) and match (share of tokens as in the reference).
+metrics.jsonl has the loss of every step and, at some steps, figures of 64 validation users: valid
+(share of valid answers), match (share of tokens as in the reference) and tokens_per_forward.
+
+All stages share trainer.Run: run.steps() yields the numbers of the steps and saves in between,
+run.update(loss) is one step of the optimisers, run.log(...) writes a line.
 """
 import torch
 import torch.nn.functional as F
@@ -45,11 +48,12 @@ def ar_loss(cfg, model, prompt, response):
 
 def main(cfg):
     world = load_world(cfg)
-    model = start_from(cfg, world, "ar")
+    model = start_from(cfg, world, "ar")  # random; later stages get the weights of the one before
     run = Run(cfg, "ar", model, world)
     kinds = examples_of(world.train, cfg.trace)
     for step in run.steps():
         rng = rng_for(cfg, "ar", step)
+        # share(n): this process's part of a batch, which is all of it where there is one process.
         examples, rows = draw_examples(kinds, share(cfg.batch_size), cfg.answer_share, rng)
         prompt, response = tensors(examples, rows, device_of(cfg))  # (N, P), (N, R)
         log = run.update(ar_loss(cfg, model, prompt, response))

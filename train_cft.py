@@ -3,10 +3,11 @@
     python train_cft.py --config toy    # on 2 CPU cores
     python train_cft.py --config small  # Amazon Beauty
 
-From the teacher's weights, with the masked-diffusion loss on the paper's training text: reasoning
-traces and reference answers. One forward pass predicts all masked slots independently of each
-other. Where two labels are equally likely, two slots may take the same one; then the answer has
-one label twice and another not at all. Text that the prompt determines has no such ties.
+It starts from the teacher's weights, and trains with the masked-diffusion loss on reference traces
+and answers, the kind of text that the paper uses. One forward pass predicts all masked slots
+independently of each other. Where two labels are equally likely, two slots may take the same one;
+then the answer has one label twice and another not at all. Text that the prompt determines has no
+such ties.
 
 Ours: the AR loss stays in the mix (cft_ar_weight), so the same weights decode both ways.
 
@@ -45,6 +46,7 @@ def teacher_text(cfg, world, split):
         raise UserError("the teacher has written no valid answer to learn from: use --cft_gold "
                         "true, or train it for longer (--ar_steps)")
     prompts = [split.prompt, as_prompt(written[0])]
+    # With trace "free" there is one kind, and zip stops after it.
     return [Examples(prompt[valid], response[valid])
             for prompt, response in zip(prompts, written)]
 
@@ -55,12 +57,12 @@ def cft_loss(cfg, model, prompt, response, rng):
     -log p(y) <= sum over blocks of -log p(first token | clean past)
                             + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
     (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes from the token shift. docs/bound.md
-    derives it.) At block size 1 it is the AR loss.
+    derives it.) At block size 1 it is the AR loss. With cft_ar_weight the AR loss is added.
     prompt (N, P) padded on the left, response (N, R) on the right."""
     B = min(cfg.block_size, response.shape[1])
     clean, is_fill = fill_last_block(response, B)                 # (N, R'), whole blocks
     token_weight = token_weights(clean, cfg.answer_weight)        # (N, R')
-    token_weight = token_weight.masked_fill(is_fill, 1.0)
+    token_weight = token_weight.masked_fill(is_fill, 1.0)         # filling is no part of an answer
 
     # 1. Draw a state of every block: which slots are masked, and their weights.
     block = every_block(clean, B)                                 # (N, M)

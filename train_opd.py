@@ -45,8 +45,8 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
     """
     log_t = F.log_softmax(teacher_logits, -1)
     if kind == "reverse":
-        # KL(S || T) is infinite where T is 0. exclude_shown (below) sets some tokens of T to 0, so
-        # the same tokens are removed from S.
+        # KL(S || T) is infinite where T is 0. exclude_shown (ours/exclude.py) sets some tokens
+        # of T to 0, so the same tokens are removed from S.
         student_logits = student_logits.masked_fill(teacher_logits <= NO_TOKEN, NO_TOKEN)
     log_s = F.log_softmax(student_logits, -1)
     if kind == "forward":
@@ -61,7 +61,7 @@ def divergence(student_logits, teacher_logits, kind, beta=0.5):
 def draw_steps(decoded, block, rng):
     """A step of each block (N, M), uniform among those that the sampler took there: (N, M).
 
-    It is 0 for a block after the response's end."""
+    It is 0 for a block after the response's end, where nothing is scored."""
     step = take_blocks(decoded.commit_step, block, decoded.block_size)  # (N, M, B)
     last = step.masked_fill(step == NEVER, -1).amax(-1)           # (N, M)
     n_steps = last + 1
@@ -89,7 +89,8 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     weight = token_weights(tokens, cfg.answer_weight)             # (N, R)
     weight = take_blocks(weight, block, B)[scored]                # (n,)
 
-    # 3. The student predicts them from the state, the teacher from the finished text before them.
+    # 3. The student predicts them from the state, the teacher from all decoded tokens to their
+    # left, also from those that this state masks.
     with autocast(cfg, prompt.device):
         _, hidden = read_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
         predicted = student.logits(hidden[scored])                # (n, V)
@@ -115,7 +116,9 @@ def main(cfg):
     for step in run.steps():
         rng = rng_for(cfg, "opd", step)
 
-        # The student writes, as it is served; several responses to one prompt are drawn.
+        # The student writes by its own commit rule, at opd_tau: greedily if it writes one response
+        # to a prompt, else at temperature 1. With bound traces an answer's prompt is a reference
+        # trace.
         examples, rows = draw_examples(kinds, share(cfg.batch_size), cfg.answer_share, rng)
         prompt, response = tensors(examples, rows, device_of(cfg))  # (n, P)
         prompt = prompt.repeat_interleave(cfg.opd_group, dim=0)   # (N, P), N = n * group

@@ -3,8 +3,8 @@
     python train_rl.py --config toy  # on 2 CPU cores; expect valid and ranking as before
 
 The student samples a group of responses to each prompt. The reward says how far the target rose.
-Each log-probability is recomputed in the state in which its token was committed. So the ratio is
-exact for the tokens, with the chosen slots held fixed. With --trace bound only answers are
+The ratio compares the probabilities of a token in the very state in which it was committed. That
+an updated model might commit other slots is not counted. With --trace bound only answers are
 sampled: a prompt is a reference trace.
 
 Logged, beside the figures of CFT:
@@ -143,7 +143,7 @@ def main(cfg):
         log["signal"] = signal.float().mean().item()
 
         # 3. Several updates on them; the first has ratio 1. Groups without a signal are dropped. If
-        # no group has one, all advantages are 0: the update has no gradient, only momentum.
+        # no group has one, all advantages are 0: only momentum and weight decay act then.
         kept = signal if signal.any() else ~signal                # (prompts,)
         kept = kept.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
         advantage = advantage.flatten().to(prompt.device)[kept]

@@ -31,10 +31,11 @@ def load_world(cfg):
 
 
 def rng_for(cfg, name, step):
-    """A random generator that depends on (seed, name of a stage or use, step) and nothing else.
+    """A random generator that depends on (seed, name of a stage or use, step), and on the number
+    of the process where there are several.
 
     So a run that is killed draws the same when it goes on. It is the CPU's: a GPU sees the same
-    batches and masks, and is never waited for. Of several processes each has its own."""
+    batches and masks, and is never waited for."""
     key = np.random.SeedSequence([cfg.seed, step, RANK, *name.encode()])
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) % 2 ** 63)
 
@@ -79,6 +80,7 @@ class Run:
         self.optimizers = optimizers_of(model, self.peak_lr)
         self.shown = {}  # in the bar
         self.began_with = checksum(model.state_dict())
+        # (0, 0.0, False) for a new run; else resume has loaded the weights and the optimisers.
         self.first, self.seconds, self.finished = resume(
             cfg, stage, model, self.optimizers, world, self.began_with)
 
@@ -98,7 +100,7 @@ class Run:
               open_log(log_path(self.cfg, self.stage), self.first) as self.log_file,
               tqdm(todo, self.stage, self.n_steps, initial=self.first, disable=RANK > 0) as bar):
             self.bar = bar
-            for self.step in bar:
+            for self.step in bar:  # update and log read self.step
                 yield self.step
                 done = self.step + 1
                 self.seconds = before + time.perf_counter() - self.began
@@ -109,7 +111,7 @@ class Run:
                 save_run(self, 0)
 
     def lr_at(self, step):
-        """Linear warm-up, in a short stage over a tenth of it, then a cosine down to 0."""
+        """Linear warm-up over cfg.warmup steps, at most a tenth of a stage; a cosine down to 0."""
         warmup = min(self.cfg.warmup, 1 + self.n_steps // 10)
         rise = min(1.0, (step + 1) / warmup)
         fall = 0.5 * (1 + math.cos(math.pi * (step / self.n_steps)))

@@ -17,7 +17,8 @@ from sampler import Threshold
 class Apart:
     """Commits what Threshold commits, but of slots that want one label only the surest.
 
-    labels: the tokens that may stand only once in an answer, a range."""
+    labels: the tokens that may stand only once in an answer, a range. The rule looks at the
+    likeliest token of a slot; at temperature 1 another token may be drawn."""
     tau: float
     labels: range
 
@@ -28,13 +29,13 @@ class Apart:
         is_label = (best >= self.labels.start) & (best < self.labels.stop)
         wants = chosen & is_label
 
-        # rivals[n, i, j]: slots i and j of row n would both write the same label.
+        # rivals[n, i, j]: slots i and j of row n both have the same label as their likeliest token.
         rivals = best[:, :, None] == best[:, None, :]             # (N, B, B)
         rivals &= wants[:, :, None] & wants[:, None, :]
 
         # surer[n, i, j]: slot j goes before slot i. A forced slot goes first; of two that are
         # equally sure, the left one does.
-        confidence = torch.where(forced, 1.0, confidence)         # log-probabilities are below 1
+        confidence = torch.where(forced, 1.0, confidence)         # above all log-probabilities
         slot = torch.arange(logp.shape[1], device=logp.device)    # (B,)
         ahead = confidence[:, None, :] > confidence[:, :, None]   # (N, B, B)
         alike = confidence[:, None, :] == confidence[:, :, None]

@@ -22,6 +22,7 @@ def exclude_shown(target, decoded, block, open_, scored):
     B = decoded.block_size
     is_label = take_blocks(answer_labels(decoded.tokens), block, B)   # (N, M, B)
     label = take_blocks(decoded.tokens, block, B)
+    # Labels of earlier blocks need no treatment: the teacher has read them. PAD: no label here.
     label = torch.where(is_label & ~open_, label, PAD)            # (N, M, B) what the state shows
     shown = torch.zeros(*block.shape, target.shape[1], dtype=torch.bool, device=target.device)
     shown.scatter_(2, label, True)                                # (N, M, V)

@@ -25,8 +25,9 @@ from sampler import NEVER, Decoded, block_decode
 def ar_tokens(model, cache, prompt, draft):
     """What AR would write at every place of a draft (n, R) after prompts (n, P), given the draft
     before it: tokens (n, R). The cache holds the prompts."""
-    cache.length = prompt.shape[1] - 1  # the last token of a prompt is read again: it predicts
-    tokens = torch.cat((prompt[:, -1:], draft[:, :-1]), dim=1)    # (n, R) place 0
+    # The last token of a prompt is read again: its output predicts place 0 of the draft.
+    cache.length = prompt.shape[1] - 1
+    tokens = torch.cat((prompt[:, -1:], draft[:, :-1]), dim=1)    # (n, R)
     pad = pad_left(prompt)                                        # (n, 1)
     end = cache.length + tokens.shape[1]
     positions = torch.arange(cache.length, end, device=pad.device) - pad
@@ -37,12 +38,14 @@ def ar_tokens(model, cache, prompt, draft):
 
 def amend(draft, best):
     """Puts AR's token at the first place where a draft (n, R) differs from best (n, R) -> the new
-    draft (n, R), and how many of its tokens are AR's (n, 1)."""
+    draft (n, R), and how many of its tokens are AR's (n, 1), R + 1 if there is no difference.
+
+    In an answer AR's label stands further right in the draft; that place gets the old label."""
     n_right = (draft == best).long().cumprod(1).sum(1, keepdim=True)  # (n, 1)
     place = n_right.clamp(max=draft.shape[1] - 1)
     old, new = draft.gather(1, place), best.gather(1, place)      # (n, 1) each
     slot = torch.arange(draft.shape[1], device=draft.device)      # (R,)
-    swapped = (slot > place) & in_answer(draft) & (draft == new)  # the label that AR writes now
+    swapped = (slot > place) & in_answer(draft) & (draft == new)
     draft = torch.where(swapped, old, draft)
     draft = torch.where(slot == place, new, draft)
     return draft, n_right + 1
@@ -82,8 +85,8 @@ def accept(x, q, p, rng):
     has p (N, B, V): how many are accepted (N, 1), and AR's token at the first that is not (N, 1).
 
     x is accepted with probability min(1, p(x) / q(x)). If it is rejected, another token is drawn
-    from what q lacks, max(p - q, 0). Together this is a draw from p (speculative sampling, arXiv
-    2211.17192): q(x) min(1, p(x) / q(x)) + (mass rejected) x (share of the rest) = p(x)."""
+    from what q lacks, max(p - q, 0). Together this is a draw from p, because the accepted mass is
+    min(p, q) and min(p, q) + max(p - q, 0) = p (speculative sampling, arXiv 2211.17192)."""
     of_x = x[..., None]                                           # (N, B, 1)
     p_x, q_x = p.gather(-1, of_x)[..., 0], q.gather(-1, of_x)[..., 0]   # (N, B)
     u = torch.rand(p_x.shape, generator=rng, device=p.device)
@@ -101,8 +104,9 @@ def lossless_sample(model, prompt, max_len, block_size, sampling):
 
     prompt (N, P) -> tokens (N, max_len), [PAD] after the first [EOS].
 
-    A draft fills one block in one step. So its tokens are independent of each other given the
-    text before them, as speculative sampling needs: no token has seen another to its right."""
+    All tokens of a draft are drawn in one forward, for one block. So q of a slot does not depend
+    on the draft's other tokens, and they may be accepted one after another. For study: no script
+    calls it, and tests/test_lossless.py compares it with AR's exact distribution."""
     N, B = len(prompt), min(block_size, max_len)
     R = math.ceil(max_len / B) * B
     text = prompt.new_full((N, R), MASK)                          # what is accepted, then [MASK]
@@ -123,7 +127,7 @@ def lossless_sample(model, prompt, max_len, block_size, sampling):
 
         # AR's distributions over the draft; what is known already is accepted as it is.
         here = slot // B == block                                 # (N, R)
-        draft = clean.masked_scatter(here, x)
+        draft = clean.masked_scatter(here, x)  # x goes into the drafted block of each row
         hidden = causal_hidden(model, prompt, draft)              # (N, R, d)
         p = tempered(model, take_blocks(hidden, block, B)[:, 0], sampling)
         p = torch.where((known == MASK)[..., None], p, one_hot(known, p))

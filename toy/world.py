@@ -13,9 +13,9 @@ from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, Wor
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY = 3, 5, 6
 TOY_Q = 0.6        # q
 TOY_PRIOR = 0.25   # the target's place c has probability ~ exp(-TOY_PRIOR * c)
-TOY_EXPERT = 4     # toy_expert: its rankings weigh the place so many times too much
+TOY_EXPERT = 4     # toy_expert multiplies the weight of a place in the list by this, so it errs
 TOY_MOST = 3       # evidence counts stop here: 3 means three or more
-TOY_DRAWN = 40000  # users are drawn so many at a time: the first n are the same for every n
+TOY_DRAWN = 40000  # users are drawn in chunks of this size, so a smaller n has the first of them
 
 
 def toy_words(n_labels):
@@ -38,7 +38,8 @@ def toy_oracle(counts, items, list_length, prior=TOY_PRIOR):
     f = rho ** counts.astype(np.float64)
     p = TOY_Q * f / f.sum(-1, keepdims=True) + u                  # (N, A, V)
     user = np.arange(len(items))[:, None, None]
-    log_ratio = np.log(TOY_VALUES * p[user, np.arange(TOY_ATTRIBUTES), items])  # (N, K, A)
+    # p of each item's own values: indices (N, 1, 1), (A,) and (N, K, A) -> (N, K, A).
+    log_ratio = np.log(TOY_VALUES * p[user, np.arange(TOY_ATTRIBUTES), items])
     place = np.arange(items.shape[1])
     score = log_ratio.sum(-1) - prior * place
     return np.where(place < list_length[:, None], score, -np.inf)
