@@ -45,7 +45,8 @@ def against(control, *students):
 ENTRIES = {
     # What each part of CFT is worth. Equal cost: as many steps. Three forwards are the least.
     "cft": Entry(
-        "What is each of our parts of CFT worth, and what does a free trace cost?",
+        "What is each of our parts of CFT worth, after half of the preset's steps?",
+        settings=dict(cft_steps=1500),
         students={
             "AR": student("ar"),
             "CFT": student("cft", "AR"),
