@@ -38,7 +38,7 @@ from trainer import ar_writer, block_writer, decode_split, load_world, rule_of
 
 METRICS = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr")
 PARSED = ("valid", "duplicated", "dropped", "out_of_set", "identity", "trace_tokens")
-CURVE = ("naive", "cft", "opd", "rl")  # rows that are decoded at several tau
+CURVE = ("cft", "opd", "rl")           # rows that are decoded at several tau
 TIMED = ("ar", "cft", "lossless")      # rows whose speed is measured
 
 
