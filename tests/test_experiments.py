@@ -498,5 +498,5 @@ for command in {commands!r}:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for claim in ("lead − CFT", "ndcg − places", "t2 − CFT", "OPD − more CFT"):
+    for claim in ("lead − threshold", "ndcg − places", "t2 − CFT", "OPD − more CFT"):
         assert f"| {claim} | 0 |" in done.stdout
