@@ -72,9 +72,16 @@ class World:
     checksum: str = ""  # of the data behind the splits: a checkpoint belongs to one world
     canonical: np.ndarray = None  # (V,) synonym -> its word (ours/wording.py); None: no synonyms
 
+    @functools.cached_property
+    def lengths(self):
+        """{trace: tokens of the longest response of each kind of example, its [EOS] included}"""
+        return {trace: [examples.response.shape[1] for examples in examples_of(self.train, trace)]
+                for trace in ("free", "bound")}
+
     def longest(self, trace):
-        """Tokens of the longest response of each kind of example, its [EOS] included: a list."""
-        return [examples.response.shape[1] for examples in examples_of(self.train, trace)]
+        """Tokens of the longest response of each kind of example: a list. It is asked for in every
+        decode, so the training text is looked at only once."""
+        return self.lengths[trace]
 
     def plain(self, tokens):
         """Tokens, an array, with every synonym as its word: what is said, however it is worded."""
