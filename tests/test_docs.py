@@ -21,10 +21,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import ROOT  # first: it puts the project on Python's path
+
 import evaluate
 import trainer
 from config import PRESETS, Config
-from conftest import ROOT
 from make_beauty import make_beauty
 from plumbing.settings import parse_args, settings_of
 from report.table import markdown
