@@ -199,12 +199,6 @@ def finished(cfg, stage):
     return None
 
 
-def find(cfg, stage):
-    """Returns the path of the checkpoint of a stage that has finished, or "" if there is none."""
-    state = finished(cfg, stage)
-    return state["path"] if state else ""
-
-
 def read_checkpoint(cfg, stage, world):
     """Returns the checkpoint of a stage that has finished, or None.
 
