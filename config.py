@@ -71,6 +71,8 @@ class Config:
     cft_gold: Switch() = True      # train on the reference orders; false: on the teacher's own
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
     cft_first_steps: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
+    cft_misplace: Real(0, 1) = 0.2  # ours [0]: share of an answer's states that show a label in a
+    #   wrong place
     cft_ar_weight: Real(0) = 1.0   # ours [0]: weight of the AR loss in the mix
 
     # OPD: on-policy distillation
@@ -116,13 +118,11 @@ SMALL = dict(
     **BEAUTY,
     d_model=128,
     warmup=100,
-    answer_share=0.67,
+    answer_share=0.6,
     block_size=64,  # a whole trace, with its [EOS]
     tau=0.3,
-    ar_steps=3000,
-    cft_steps=3500,
-    opd_steps=100,
-    rl_steps=60)
+    ar_steps=4000,
+    cft_steps=4500)
 # The teacher has written only 300 responses, so CFT has little text to learn from.
 FEW = dict(
     trace="free",
@@ -141,6 +141,7 @@ PAPER = dict(  # our additions, switched off
     wording="fixed",
     commit="threshold",
     cft_first_steps=0.0,
+    cft_misplace=0.0,
     cft_ar_weight=0.0,
     opd_anchor=0.0,
     opd_exclude=False)

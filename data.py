@@ -37,7 +37,7 @@ class Split:
     """Users as arrays, one row each. Empty places at the end of a list are -1."""
     prompt: np.ndarray    # (N, P) int16 tokens, padded on the left
     trace: np.ndarray     # (N, T) int16 tokens, padded on the right: what the rule writes
-    order: np.ndarray     # (N, K) int8 labels, best first, by the oracle or the writer
+    order: np.ndarray     # (N, K) int8 labels, best first, by the toy's oracle, or Beauty's writer
     target: np.ndarray    # (N,)   int8 label of the true next item, -1 if it is not in the list
     incoming: np.ndarray  # (N, K) int8 labels in pre-ranked order: 0, 1, ...
 
@@ -73,15 +73,11 @@ class World:
     canonical: np.ndarray = None  # (V,) synonym -> its word (ours/wording.py); None: no synonyms
 
     @functools.cached_property
-    def lengths(self):
-        """{trace: tokens of the longest response of each kind of example, its [EOS] included}"""
-        return {trace: [examples.response.shape[1] for examples in examples_of(self.train, trace)]
-                for trace in ("free", "bound")}
-
-    def longest(self, trace):
-        """Tokens of the longest response of each kind of example: a list. It is asked for in every
-        decode, so the training text is looked at only once."""
-        return self.lengths[trace]
+    def longest(self):
+        """{setting --trace: tokens of the longest response of each kind of example, a list}. The
+        [EOS] counts. Cached, because every decode asks for it."""
+        return {mode: [examples.response.shape[1] for examples in examples_of(self.train, mode)]
+                for mode in ("free", "bound")}
 
     def plain(self, tokens):
         """Tokens, an array, with every synonym as its word: what is said, however it is worded."""
@@ -93,7 +89,7 @@ class World:
 def pack(tokens, left):
     """Moves the [PAD] of each row (N, T) to one side; the other tokens keep their order."""
     is_pad = tokens == PAD
-    # A stable sort by "is it padding?": the other tokens keep their order.
+    # A stable sort by the question "is it padding?".
     order = np.argsort(~is_pad if left else is_pad, axis=1, kind="stable")
     tokens = np.take_along_axis(tokens, order, axis=1)
     used = int((~is_pad).sum(1).max())
@@ -133,20 +129,20 @@ class Examples:
         return Examples(self.prompt[rows], self.response[rows])
 
 
-def examples_of(split, trace):
+def examples_of(split, mode):
     """The examples that users give, row n of each kind from user n: a list of Examples.
 
-    With trace "free", as in the paper, there is one kind:
+    mode is the setting --trace. With "free", as in the paper, there is one kind:
 
         <history> x1 y2 ... x2 y4 z3   ->  <profile> x2 y2 z3  L1 x3:1 ...  <answer> L4 ... [EOS]
 
-    With trace "bound" (ours) there are two. The answer is written from the trace alone, so only
+    With "bound" (ours) there are two. The answer is written from the trace alone, so only
     what the trace says can decide the ranking:
 
         <history> x1 y2 ... x2 y4 z3   ->  <profile> x2 y2 z3  L1 x3:1 ... z3:3 [EOS]
         <profile> x2 y2 z3  L1 x3:1 ...  ->  <answer> L4 L1 L2 L3 [EOS]
     """
-    if trace == "free":
+    if mode == "free":
         return [Examples(split.prompt, split.response)]
     end = np.full((len(split), 1), EOS, np.int16)
     ended = pack(np.concatenate((split.trace, end), axis=1), left=False)
@@ -157,7 +153,7 @@ def examples_of(split, trace):
 def as_prompt(trace):
     """Traces as they were written (N, R) -> as they are read: without [EOS], padded on the left."""
     text = np.where(trace == EOS, PAD, trace)
-    text[(text == PAD).all(1), -1] = EOS  # an empty trace would be an empty prompt
+    text[(text == PAD).all(1), -1] = EOS  # a prompt needs a token: an empty trace is read as [EOS]
     return pack(text, left=True)
 
 
@@ -171,8 +167,8 @@ def joined(written):
 
 def tensors(examples, rows, device):
     """Prompts (n, P) and responses (n, R) of some rows, int64. Columns of padding are left out of
-    the prompts. Responses have the same width in every batch, that of the longest that can be met;
-    it serves as max_len where a student decodes."""
+    the prompts. Responses have the same width in every batch, that of the longest of these
+    examples; it serves as max_len where a student decodes."""
     prompt = examples.prompt[rows]
     prompt = prompt[:, (prompt != PAD).any(0)]
     response = examples.response[rows]
@@ -197,14 +193,19 @@ def draw_examples(kinds, size, answer_share, rng):
 
 # --- The parts of a response -------------------------------------------------------------------
 
-def in_answer(tokens):
-    """Which tokens (N, R) come after <answer>: bool (N, R)."""
-    is_answer = tokens == ANSWER
-    to_the_left = is_answer.cumsum(1) - is_answer.long()          # how many <answer>
+def after_first(tokens, token):
+    """Which tokens (N, R) come after the first `token` of their row: bool (N, R)."""
+    found = tokens == token
+    to_the_left = found.cumsum(1) - found.long()                  # how many there are
     return to_the_left > 0
 
 
-def answer_labels(tokens):
+def in_answer(tokens):
+    """Which tokens (N, R) come after <answer>: bool (N, R)."""
+    return after_first(tokens, ANSWER)
+
+
+def is_answer_label(tokens):
     """Which tokens (N, R) are the ranking itself, without [EOS] and padding: bool (N, R)."""
     return in_answer(tokens) & (tokens != EOS) & (tokens != PAD)
 

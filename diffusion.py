@@ -69,7 +69,7 @@ def read_blocks(model, prompt, clean, noised, block):
     every segment.
 
     prompt (N, P) padded on the left; clean (N, R) the response, whole blocks; noised (N, M, B)
-    the segments, which are states of the blocks numbered block (N, M)."""
+    the tokens of the segments, states of the blocks numbered block (N, M)."""
     N, P = prompt.shape
     R = clean.shape[1]
     M, B = noised.shape[1:]
@@ -117,12 +117,12 @@ def take_blocks(x, block, block_size):
 
 
 def fill_last_block(response, block_size):
-    """Extends responses (N, R), padded on the right, to whole blocks: (N, R').
+    """Extends responses (N, R), padded on the right, to whole blocks -> (N, R'), and which slots
+    were filled, bool (N, R').
 
     The sampler starts every block as B masks and cannot know where the response ends. So in the
     last block the model meets slots after the end. In training they are filled with [EOS], and
-    the model learns to write that.
-    Returns also which slots were filled, bool (N, R'). Blocks after the last stay [PAD]."""
+    the model learns to write that. Blocks after the last stay [PAD]."""
     B = block_size
     R = math.ceil(response.shape[1] / B) * B
     response = F.pad(response, (0, R - response.shape[1]), value=PAD)
@@ -139,7 +139,8 @@ def draw_noise(block, block_size, first_steps, rng):
 
     For each segment t is drawn from U(0, 1]. A slot is masked with probability t; a masked slot
     has weight 1 / t, which makes up for how rarely it is masked (MDLM, arXiv 2406.07524, eq. 10).
-    Slot 0 is predicted from the clean text: it is shown, and always has weight 1.
+    Slot 0 is predicted from the clean text, so it always has weight 1. It is shown, except in the
+    first steps.
 
     Ours: a share `first_steps` of the segments has t = 1 and shows [MASK] in slot 0 too, as every
     block does when its decoding begins. The paper has 0."""
@@ -168,8 +169,8 @@ def decode_states(decoded, block, step):
     B = decoded.block_size
     committed = take_blocks(decoded.commit_step, block, B)        # (N, M, B)
     filled = take_blocks(decoded.filled, block, B)
-    open_ = committed >= step[..., None]
-    return torch.where(open_, MASK, filled), open_
+    masked = committed >= step[..., None]
+    return torch.where(masked, MASK, filled), masked
 
 
 def replay_logp(model, prompt, decoded, temperature=0.0):

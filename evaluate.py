@@ -34,7 +34,7 @@ from report.show import show
 from report.speed import speeds
 from report.table import (Result, chosen_seeds, first_users, known_orders, make_report, summary,
                           write_report)
-from trainer import ar_writer, block_writer, decode_split, load_world, rule_of
+from trainer import ar_decoder, block_decoder, decode_split, load_world, rule_of
 
 METRICS = ("recall@1", "recall@3", "recall@5", "ndcg@3", "ndcg@5", "ndcg@10", "mrr")
 PARSED = ("valid", "duplicated", "dropped", "out_of_set", "identity", "trace_tokens")
@@ -87,7 +87,7 @@ def score(world, split, tokens, forwards=None):
 
 
 def score_order(split, order):
-    """The same for rankings (N, K) that no model wrote."""
+    """Metrics of rankings (N, K), as if every one were valid: {name: (N,)}."""
     rank = (order == split.target[:, None]).argmax(1)             # (N,)
     identity = (order == split.incoming).all(1).astype(float)
     out = {"valid": np.ones(len(rank)), "identity": identity}
@@ -117,7 +117,7 @@ def decoder_of(cfg, row, model, tau=None):
 
     if row == "lossless":
         return lossless
-    return ar_writer(model) if row in ("ar", "own ar") else block_writer(cfg, model, tau)
+    return ar_decoder(model) if row in ("ar", "own ar") else block_decoder(cfg, model, tau)
 
 
 def evaluate_row(cfg, options, world, row, model):

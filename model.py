@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from data import EOS, PAD
 
-NO_TOKEN = -1e4  # logit of a token that may not come: softmax makes it 0. (-inf would make a nan)
+# The score of what may not be seen, or written: softmax makes it 0. (With -inf a KL would be nan.)
+FORBIDDEN = -1e4
 
 
 def attend(q, k, v, mask):
@@ -28,7 +29,7 @@ def attend(q, k, v, mask):
     Written out, it trains faster in bfloat16 on a CPU than PyTorch's fused function."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)      # (N, H, T, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask, NO_TOKEN)
+        scores = scores.masked_fill(~mask, FORBIDDEN)
     return scores.softmax(-1) @ v
 
 
@@ -90,7 +91,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(4 * d_model, d_model, bias=False)
 
     def forward(self, x, mask, cos, sin, cache=None, number=0):
-        """x (N, T, d) -> (N, T, d); number: which layer of the cache is ours."""
+        """x (N, T, d) -> (N, T, d); number: of this layer, for the cache."""
         N, T, d = x.shape
         qkv = self.qkv(self.norm1(x))                             # (N, T, 3 d)
         qkv = qkv.view(N, T, 3, self.n_head, d // self.n_head)
@@ -144,7 +145,7 @@ class GPT(nn.Module):
 
         [PAD] and [MASK] are only ever read: no decoder may write them."""
         out = F.linear(hidden, self.embed.weight)
-        out[..., :EOS] = NO_TOKEN  # [PAD] and [MASK]; indexing by a list would copy it to a GPU
+        out[..., :EOS] = FORBIDDEN  # [PAD] and [MASK]; indexing by a list would copy it to a GPU
         return out.float() if out.dtype == torch.bfloat16 else out
 
 
@@ -221,7 +222,7 @@ def ar_decode(model, prompt, max_len, sampling=GREEDY):
     logp = model.embed.weight.new_zeros(N, max_len)
     running = torch.ones(N, dtype=torch.bool, device=prompt.device)
     column = torch.arange(P + max_len, device=prompt.device)
-    positions = (column - pad).clamp(min=0) if padded else column[None]  # (N or 1, P + max_len)
+    positions = (column - pad).clamp(min=0)                       # (N, P + max_len)
     unread = prompt                                               # (N, P), then (N, 1)
     for i in range(max_len):
         first = cache.length

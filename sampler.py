@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import EOS, MASK, PAD
+from data import EOS, MASK, PAD, after_first
 from model import GREEDY, KVCache, pad_left, sample
 
 NEVER = 10 ** 6  # commit step of a slot that was never committed
@@ -72,17 +72,15 @@ class Threshold:
         confidence = logp.amax(-1).exp()                          # (N, B)
         confidence = torch.where(open_, confidence, -1.0)
         sure = confidence > self.tau
-        # At least one slot, so that every step makes progress: a forced one, or the surest. (A row
-        # may have nothing open, hence "& open_" below.)
+        # At least one slot, so that every step makes progress: a forced one, or the surest.
         best = F.one_hot(confidence.argmax(1), logp.shape[1]).bool()
         none_forced = ~forced.any(1, keepdim=True)                # (N, 1)
-        return sure | forced | (best & open_ & none_forced)
+        return sure | forced | (best & none_forced)
 
 
-def open_slots(block):
-    """Slots of blocks (N, B) that are open: [MASK], and not after an [EOS] -> bool (N, B)."""
-    ended = (block == EOS).cumsum(1) > 0
-    return (block == MASK) & ~ended
+def open_slots(tokens):
+    """Which slots of blocks, tokens (N, B), are open: [MASK] and not after an [EOS]. bool (N, B)"""
+    return (tokens == MASK) & ~after_first(tokens, EOS)
 
 
 def decode_mask(pad, length, n_clean, n_block):
@@ -101,13 +99,13 @@ def decode_mask(pad, length, n_clean, n_block):
     return (sees | (key == query))[:, None]  # padding sees itself: no empty softmax
 
 
-def read_step(model, cache, pad, unread, block):
+def read_step(model, cache, pad, unread, open_block):
     """One forward pass of the decoder, over unread text (n, U) and an open block (n, B), after the
     text in the cache. pad (n, 1): padding before each prompt -> hidden states (n, B, d) that
     predict the slots of the block."""
-    U, B = unread.shape[1], block.shape[1]
-    tokens = torch.cat((unread, block), dim=1)                    # (n, U + B)
-    column = torch.arange(cache.length, cache.length + U + B, device=block.device)
+    U, B = unread.shape[1], open_block.shape[1]
+    tokens = torch.cat((unread, open_block), dim=1)               # (n, U + B)
+    column = torch.arange(cache.length, cache.length + U + B, device=pad.device)
     positions = (column - pad).clamp(min=0)                       # from the first real token
     # A block sees everything before it. So only unread text and padding need a mask.
     mask = decode_mask(pad, cache.length, U, B) if U > 0 or pad.any() else None
@@ -142,26 +140,27 @@ def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY, cach
 
     for begin in range(0, R, B):
         span = slice(begin, begin + B)
-        rows, part = running, cache                               # rows whose block is open, (n,)
+        rows, open_cache = running, cache                         # rows whose block is open, (n,)
         step = 0
         while len(rows):
-            block = decoded.filled[rows, span]                    # (n, B)
-            text = unread if step == 0 else block[:, :0]
-            hidden = read_step(model, part, pad[rows], text, block)   # (n, B, d)
-            # The text stays in the cache, the open block does not. In step 0 part is cache itself.
-            part.length += text.shape[1]
+            open_block = decoded.filled[rows, span]               # (n, B)
+            text = unread if step == 0 else open_block[:, :0]
+            hidden = read_step(model, open_cache, pad[rows], text, open_block)  # (n, B, d)
+            # The text stays in the cache, the open block does not. In step 0 this moves the length
+            # of cache, which open_cache still is; afterwards text is empty.
+            open_cache.length += text.shape[1]
             commit(decoded, rows, span, step, model.logits(hidden), rule, sampling)
             step += 1
             # Rows whose block is full wait for the others, outside the batch.
             is_open = open_slots(decoded.filled[rows, span]).any(1)   # (n,)
-            rows, part = rows[is_open], part.take(is_open)
+            rows, open_cache = rows[is_open], open_cache.take(is_open)
 
         ended = (decoded.filled[running, span] == EOS).any(1)     # (r,)
         if ended.all():
             break
         running, cache = running[~ended], cache.take(~ended)
         unread = decoded.filled[running, span]                    # (r, B)
-    return finished(decoded)
+    return cut_after_end(decoded)
 
 
 def commit(decoded, rows, span, step, logits, rule, sampling):
@@ -181,11 +180,9 @@ def commit(decoded, rows, span, step, logits, rule, sampling):
     decoded.forwards[rows] += 1
 
 
-def finished(decoded):
+def cut_after_end(decoded):
     """Sets tokens and logp: what was committed up to the first [EOS], then [PAD] and 0."""
-    is_end = decoded.filled == EOS
-    after = is_end.cumsum(1) - is_end.long() > 0
-    unwritten = after | (decoded.filled == MASK)                  # (N, R)
+    unwritten = after_first(decoded.filled, EOS) | (decoded.filled == MASK)  # (N, R)
     decoded.tokens = torch.where(unwritten, PAD, decoded.filled)
     decoded.logp = torch.where(unwritten, 0.0, decoded.logp)
     return decoded

@@ -11,7 +11,8 @@ metrics.jsonl has the loss of every step and, at some steps, figures of 64 valid
 (share of valid answers), match (share of tokens as in the reference) and tokens_per_forward.
 
 All stages share trainer.Run: run.steps() yields the numbers of the steps and saves in between,
-run.update(loss) is one step of the optimisers, run.log(...) writes a line.
+run.update(loss) is one step of the optimisers, run.log(...) writes a line. Also from there:
+autocast (bfloat16), rng_for (a seeded generator), validate (the figures above).
 """
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,17 @@ import torch.nn.functional as F
 from data import draw_examples, examples_of, tensors, token_weights
 from model import causal_hidden
 from plumbing.checkpoint import device_of, start_from
-from plumbing.processes import share
+from plumbing.processes import per_process
 from plumbing.script import script
-from trainer import Run, ar_writer, autocast, load_world, rng_for, validate
+from trainer import Run, ar_decoder, autocast, load_world, rng_for, validate
 
 
-def weighted_nats(model, hidden, target, weight):
-    """Cross-entropy of tokens target (n,) under hidden states (n, d), in nats, times weight (n,).
+def weighted_nats(model, hidden, token, weight):
+    """Cross-entropy of tokens (n,) under hidden states (n, d), in nats, times weight (n,).
 
     The result is a sum, a scalar."""
     logits = model.logits(hidden)                                 # (n, V)
-    nats = F.cross_entropy(logits, target, reduction="none")      # (n,)
+    nats = F.cross_entropy(logits, token, reduction="none")       # (n,)
     return (nats * weight).sum()
 
 
@@ -53,12 +54,12 @@ def main(cfg):
     kinds = examples_of(world.train, cfg.trace)
     for step in run.steps():
         rng = rng_for(cfg, "ar", step)
-        # share(n): this process's part of a batch, which is all of it where there is one process.
-        examples, rows = draw_examples(kinds, share(cfg.batch_size), cfg.answer_share, rng)
+        # per_process(n): its part of a batch; all of it, where there is one process.
+        examples, rows = draw_examples(kinds, per_process(cfg.batch_size), cfg.answer_share, rng)
         prompt, response = tensors(examples, rows, device_of(cfg))  # (N, P), (N, R)
         log = run.update(ar_loss(cfg, model, prompt, response))
         if run.time_to_validate():
-            log |= validate(cfg, world, ar_writer(model))
+            log |= validate(cfg, world, ar_decoder(model))
         run.log(**log)
 
 

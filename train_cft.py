@@ -17,15 +17,16 @@ cost of another.
 """
 import torch
 
-from data import (MASK, Examples, as_prompt, draw_examples, examples_of, joined, parse_answers,
-                  tensors, token_weights)
+from data import (MASK, Examples, as_prompt, draw_examples, examples_of, is_answer_label, joined,
+                  parse_answers, tensors, token_weights)
 from diffusion import draw_noise, every_block, fill_last_block, read_blocks, take_blocks
+from ours.misplace import misplace
 from plumbing.checkpoint import device_of, load_stage, start_from
-from plumbing.processes import share
+from plumbing.processes import per_process
 from plumbing.script import script
 from plumbing.settings import UserError
 from train_ar import weighted_nats
-from trainer import (Run, ar_writer, autocast, block_writer, decode_split, load_world, rng_for,
+from trainer import (Run, ar_decoder, autocast, block_decoder, decode_split, load_world, rng_for,
                      validate)
 
 
@@ -40,7 +41,7 @@ def teacher_text(cfg, world, split):
     """The greedy responses of the teacher to the users of a split, as a list of Examples. Only
     those with a valid answer are kept."""
     teacher, _ = load_stage(cfg, "ar", world)
-    written, _ = decode_split(cfg, world, split, ar_writer(teacher))  # one or two arrays (N, R)
+    written, _ = decode_split(cfg, world, split, ar_decoder(teacher))  # one or two arrays (N, R)
     valid = parse_answers(joined(written), split.incoming).valid
     if not valid.any():
         raise UserError("the teacher has written no valid answer to learn from: use --cft_gold "
@@ -62,15 +63,17 @@ def cft_loss(cfg, model, prompt, response, rng):
     B = min(cfg.block_size, response.shape[1])
     clean, is_fill = fill_last_block(response, B)                 # (N, R'), whole blocks
     token_weight = token_weights(clean, cfg.answer_weight)        # (N, R')
-    token_weight = token_weight.masked_fill(is_fill, 1.0)         # filling is no part of an answer
+    token_weight = token_weight.masked_fill(is_fill, 1.0)         # filling counts as in a trace
 
     # 1. Draw a state of every block: which slots are masked, and their weights.
     block = every_block(clean, B)                                 # (N, M)
     masked, noise_weight = draw_noise(block, B, cfg.cft_first_steps, rng)  # (N, M, B) each
 
     # 2. Show the states.
-    target = take_blocks(clean, block, B)                         # (N, M, B)
-    noised = torch.where(masked, MASK, target)                    # (N, M, B)
+    token = take_blocks(clean, block, B)                          # (N, M, B)
+    noised = torch.where(masked, MASK, token)                     # (N, M, B)
+    is_label = take_blocks(is_answer_label(clean), block, B)
+    noised, token = misplace(noised, token, masked, is_label, cfg.cft_misplace, rng)  # ours
 
     # 3. Predict the masked slots, and slot 0. A slot's noise weights have mean 1, so this is a
     # mean over tokens.
@@ -78,15 +81,15 @@ def cft_loss(cfg, model, prompt, response, rng):
     asked = weight > 0                                            # the others need no logits
     with autocast(cfg, prompt.device):
         from_left, hidden = read_blocks(model, prompt, clean, noised, block)
-        total = weighted_nats(model, hidden[asked], target[asked], weight[asked])
+        total = weighted_nats(model, hidden[asked], token[asked], weight[asked])
         loss = total / token_weight.sum()
 
         # 4. Ours: the same forward has read the clean text from the left, as AR does.
         if cfg.cft_ar_weight:
-            weight = token_weight * ~is_fill                      # (N, R')
-            real = weight > 0
-            total = weighted_nats(model, from_left[real], clean[real], weight[real])
-            loss = loss + cfg.cft_ar_weight * total / weight.sum()
+            ar_weight = token_weight * ~is_fill                   # (N, R')
+            real = ar_weight > 0
+            total = weighted_nats(model, from_left[real], clean[real], ar_weight[real])
+            loss = loss + cfg.cft_ar_weight * total / ar_weight.sum()
     return loss
 
 
@@ -97,11 +100,11 @@ def main(cfg):
     kinds = training_text(cfg, world)
     for step in run.steps():
         rng = rng_for(cfg, "cft", step)
-        examples, rows = draw_examples(kinds, share(cfg.batch_size), cfg.answer_share, rng)
+        examples, rows = draw_examples(kinds, per_process(cfg.batch_size), cfg.answer_share, rng)
         prompt, response = tensors(examples, rows, device_of(cfg))  # (N, P), (N, R)
         log = run.update(cft_loss(cfg, model, prompt, response, rng))
         if run.time_to_validate():
-            log |= validate(cfg, world, block_writer(cfg, model))
+            log |= validate(cfg, world, block_decoder(cfg, model))
         run.log(**log)
 
 

@@ -5,8 +5,9 @@
 
 CFT's states come from random masks. The decoder meets other states, made by its own choices. So
 the student decodes, and in states that occurred its distributions are pulled towards the
-teacher's. The teacher reads the same finished text from left to right (GKD, arXiv 2306.13649;
-OPDLM, arXiv 2606.06712). This works with any prompt, and needs one teacher forward per response.
+teacher's. The teacher reads the student's response from left to right, also the tokens that are
+still masked for the student (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712). This works with any
+prompt, and needs one teacher forward per response.
 
 The paper uses the forward KL and nothing else, as toy_paper does. A forward KL makes the student
 as unsure as its teacher, and a student that is less sure needs more forwards. So after CFT on all
@@ -19,13 +20,13 @@ import torch.nn.functional as F
 
 from data import PAD, draw_examples, examples_of, tensors, token_weights
 from diffusion import decode_states, every_block, read_blocks, take_blocks
-from model import NO_TOKEN, causal_hidden
+from model import FORBIDDEN, causal_hidden
 from ours.exclude import exclude_shown
 from plumbing.checkpoint import device_of, load_stage, start_from
-from plumbing.processes import share
+from plumbing.processes import per_process
 from plumbing.script import script
 from sampler import NEVER, block_decode
-from trainer import (Run, autocast, block_writer, load_world, rng_for, rule_of, sampling_on,
+from trainer import (Run, autocast, block_decoder, load_world, rng_for, rule_of, sampling_on,
                      validate)
 from train_cft import cft_loss, training_text
 
@@ -36,26 +37,26 @@ def kl(log_p, log_q):
     return (p * (log_p - log_q)).sum(-1)
 
 
-def divergence(student_logits, teacher_logits, kind, beta=0.5):
+def divergence(student_logits, teacher_logits, kind):
     """How far the student S is from the teacher T: logits (..., V) -> (...), in nats.
 
     forward  KL(T || S)
     reverse  KL(S || T)
-    jsd      beta KL(T || M) + (1 - beta) KL(S || M),  M = beta T + (1 - beta) S   (GKD, eq. 1)
+    jsd      (KL(T || M) + KL(S || M)) / 2,  M = (T + S) / 2   (GKD, eq. 1, with beta = 1/2)
     """
     log_t = F.log_softmax(teacher_logits, -1)
     if kind == "reverse":
         # KL(S || T) is infinite where T is 0. exclude_shown (ours/exclude.py) sets some tokens
         # of T to 0, so the same tokens are removed from S.
-        student_logits = student_logits.masked_fill(teacher_logits <= NO_TOKEN, NO_TOKEN)
+        student_logits = student_logits.masked_fill(teacher_logits <= FORBIDDEN, FORBIDDEN)
     log_s = F.log_softmax(student_logits, -1)
     if kind == "forward":
         return kl(log_t, log_s)
     if kind == "reverse":
         return kl(log_s, log_t)
-    m = beta * log_t.exp() + (1 - beta) * log_s.exp()
+    m = (log_t.exp() + log_s.exp()) / 2
     log_m = torch.log(m + 1e-30)  # finite where both are 0
-    return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+    return (kl(log_t, log_m) + kl(log_s, log_m)) / 2
 
 
 def draw_steps(decoded, block, rng):
@@ -80,12 +81,12 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     # 1. Draw a state of each block, and see it as the sampler did.
     block = every_block(tokens, B)                                # (N, M)
     step = draw_steps(decoded, block, rng)                        # (N, M)
-    noised, open_ = decode_states(decoded, block, step)           # (N, M, B)
+    noised, masked = decode_states(decoded, block, step)          # (N, M, B)
 
     # 2. Score the slots still masked there, and always slot 0: the clean text predicts it.
     slot0 = torch.arange(B, device=tokens.device) == 0
     real = take_blocks(tokens != PAD, block, B)                   # (N, M, B)
-    scored = real & (slot0 | open_)
+    scored = real & (slot0 | masked)
     weight = token_weights(tokens, cfg.answer_weight)             # (N, R)
     weight = take_blocks(weight, block, B)[scored]                # (n,)
 
@@ -93,17 +94,17 @@ def opd_loss(cfg, student, teacher, prompt, decoded, rng):
     # left, also from those that this state masks.
     with autocast(cfg, prompt.device):
         _, hidden = read_blocks(student, prompt, decoded.clean, noised, block)  # (N, M, B, d)
-        predicted = student.logits(hidden[scored])                # (n, V)
+        student_logits = student.logits(hidden[scored])           # (n, V)
         with torch.no_grad():
             hidden = causal_hidden(teacher, prompt, tokens)       # (N, R, d)
             hidden = take_blocks(hidden, block, B)                # (N, M, B, d)
-            target = teacher.logits(hidden[scored])               # (n, V)
+            teacher_logits = teacher.logits(hidden[scored])               # (n, V)
     if cfg.opd_exclude:                                           # ours
-        target = exclude_shown(target, decoded, block, open_, scored)
+        teacher_logits = exclude_shown(teacher_logits, decoded, block, masked, scored)
 
     # 4. Pull the student's distributions towards the teacher's.
-    distance = divergence(predicted, target, cfg.opd_divergence)  # (n,)
-    return (distance * weight).sum() / weight.sum()
+    nats = divergence(student_logits, teacher_logits, cfg.opd_divergence)  # (n,)
+    return (nats * weight).sum() / weight.sum()
 
 
 def main(cfg):
@@ -119,7 +120,7 @@ def main(cfg):
         # The student writes by its own commit rule, at opd_tau: greedily if it writes one response
         # to a prompt, else at temperature 1. With bound traces an answer's prompt is a reference
         # trace.
-        examples, rows = draw_examples(kinds, share(cfg.batch_size), cfg.answer_share, rng)
+        examples, rows = draw_examples(kinds, per_process(cfg.batch_size), cfg.answer_share, rng)
         prompt, response = tensors(examples, rows, device_of(cfg))  # (n, P)
         prompt = prompt.repeat_interleave(cfg.opd_group, dim=0)   # (N, P), N = n * group
         how = sampling_on(prompt.device, 1.0 if cfg.opd_group > 1 else 0.0, rng)
@@ -127,15 +128,15 @@ def main(cfg):
                                rule_of(cfg, cfg.opd_tau), how)
 
         # The teacher corrects.
-        distance = loss = opd_loss(cfg, student, teacher, prompt, decoded, rng)
+        divergence_loss = loss = opd_loss(cfg, student, teacher, prompt, decoded, rng)
         if cfg.opd_anchor:                                        # ours
-            examples, rows = draw_examples(text, share(cfg.batch_size), cfg.answer_share, rng)
+            examples, rows = draw_examples(text, per_process(cfg.batch_size), cfg.answer_share, rng)
             prompt, response = tensors(examples, rows, device_of(cfg))
             loss = loss + cfg.opd_anchor * cft_loss(cfg, student, prompt, response, rng)
         log = run.update(loss)
-        log["divergence"] = distance.item()
+        log["divergence"] = divergence_loss.item()
         if run.time_to_validate():
-            log |= validate(cfg, world, block_writer(cfg, student))
+            log |= validate(cfg, world, block_decoder(cfg, student))
         run.log(**log)
 
 

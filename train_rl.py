@@ -10,10 +10,10 @@ sampled: a prompt is a reference trace.
 Logged, beside the figures of CFT:
     reward, sampled_valid, copied    mean reward; shares of valid answers, of copied lists
     signal          share of groups whose rewards differ
-    replay_off      mean |log-probability replayed - recorded|: 0 except in bfloat16
+    replay_off      mean |log-probability replayed - recorded|: rounding alone in float32
     ratio_off       mean |r - 1| in the last update: near 0 the policy hardly moved
     clipped         share of tokens beyond the clip then
-    sampled_nats    mean -log p of what was sampled: it falls as the policy sharpens
+    sampled_nats    mean -log p of the groups kept: it falls as the policy sharpens
 """
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ import torch
 from data import PAD, draw_rows, examples_of, parse_answers, tensors
 from diffusion import replay_logp
 from plumbing.checkpoint import device_of, start_from
-from plumbing.processes import share
+from plumbing.processes import per_process
 from plumbing.script import script
 from plumbing.settings import UserError
 from sampler import block_decode
-from trainer import (Run, autocast, block_writer, load_world, rng_for, rule_of, sampling_on,
+from trainer import (Run, autocast, block_decoder, load_world, rng_for, rule_of, sampling_on,
                      validate)
 
 
@@ -83,7 +83,7 @@ def score_answers(cfg, world, rows, decoded):
     return rewards, log
 
 
-def update(cfg, run, prompt, decoded, advantage):
+def update_policy(cfg, run, prompt, decoded, advantage):
     """rl_epochs updates on the same responses; clipping has an effect from the second on.
 
     The old log-probabilities come from the first replay, not from the sampler. In float32 both are
@@ -120,7 +120,7 @@ def main(cfg):
     world = load_world(cfg)
     model = start_from(cfg, world, "rl")
     run = Run(cfg, "rl", model, world)
-    answers = examples_of(world.train, cfg.trace)[-1]  # the kind that ends with a ranking
+    examples = examples_of(world.train, cfg.trace)[-1]  # the kind that ends with a ranking
     with_target = np.flatnonzero(world.train.target >= 0)
     if not len(with_target):
         raise UserError("no training list holds its target, so there is nothing to reward: use a "
@@ -130,9 +130,9 @@ def main(cfg):
         rng = rng_for(cfg, "rl", step)
 
         # 1. Sample a group of responses to each prompt. The rows of a group are adjacent.
-        drawn = draw_rows(len(with_target), share(cfg.rl_prompts), rng)
+        drawn = draw_rows(len(with_target), per_process(cfg.rl_prompts), rng)
         rows = np.repeat(with_target[drawn], cfg.rl_group)        # (N,), N = prompts * group
-        prompt, response = tensors(answers, rows, device_of(cfg))  # (N, P)
+        prompt, response = tensors(examples, rows, device_of(cfg))  # (N, P)
         decoded = block_decode(model, prompt, response.shape[1], cfg.block_size,
                                rule_of(cfg, cfg.rl_tau), sampling_on(prompt.device, 1.0, rng))
 
@@ -147,9 +147,9 @@ def main(cfg):
         kept = signal if signal.any() else ~signal                # (prompts,)
         kept = kept.repeat_interleave(cfg.rl_group).to(prompt.device)  # (N,)
         advantage = advantage.flatten().to(prompt.device)[kept]
-        log |= update(cfg, run, prompt[kept], decoded.take(kept), advantage)
+        log |= update_policy(cfg, run, prompt[kept], decoded.take(kept), advantage)
         if run.time_to_validate():
-            log |= validate(cfg, world, block_writer(cfg, model))
+            log |= validate(cfg, world, block_decoder(cfg, model))
         run.log(**log)
 
 

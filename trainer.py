@@ -68,7 +68,7 @@ class Run:
 
         run = Run(cfg, "cft", model, world)
         for step in run.steps():           # continues where a killed run stopped
-            log = run.update(loss)         # once or several times
+            log = run.update(loss)         # once, or several times as in RL
             run.log(**log)
     """
 
@@ -111,7 +111,7 @@ class Run:
                 save_run(self, 0)
 
     def lr_at(self, step):
-        """Linear warm-up over cfg.warmup steps, at most a tenth of a stage; a cosine down to 0."""
+        """Linear warm-up over cfg.warmup steps, or a tenth of a short stage; a cosine down to 0."""
         warmup = min(self.cfg.warmup, 1 + self.n_steps // 10)
         rise = min(1.0, (step + 1) / warmup)
         fall = 0.5 * (1 + math.cos(math.pi * (step / self.n_steps)))
@@ -168,9 +168,10 @@ def sampling_on(device, temperature, rng):
     return Sampling(temperature, torch.Generator(device).manual_seed(seed))
 
 
-def ar_writer(model):
-    """A decoder that writes token by token: decoder(prompt (N, P), max_len) -> Decoded, in blocks
-    of one token that take one step each."""
+def ar_decoder(model):
+    """A decoder that writes token by token: decoder(prompt (N, P), max_len) -> Decoded.
+
+    It is recorded as a decode in blocks of one token, each committed in its step 0."""
     def decoder(prompt, max_len):
         tokens, logp, forwards = ar_decode(model, prompt, max_len)
         filled = torch.where(tokens == PAD, MASK, tokens)
@@ -179,7 +180,7 @@ def ar_writer(model):
     return decoder
 
 
-def block_writer(cfg, model, tau=None):
+def block_decoder(cfg, model, tau=None):
     """A decoder that writes block by block, greedily, at the settings' tau or at another."""
     def decoder(prompt, max_len):
         return block_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg, tau))
@@ -191,10 +192,11 @@ def respond(cfg, world, decoder, prompt):
 
     With --trace bound a decoder is asked twice: for the trace, then for the answer to it."""
     parts = []
-    for max_len in world.longest(cfg.trace):
+    for max_len in world.longest[cfg.trace]:
+        if parts:  # the answer is written from the trace alone
+            trace = parts[-1].tokens.cpu().numpy()                # (N, R)
+            prompt = torch.from_numpy(as_prompt(trace)).to(prompt.device)
         parts.append(decoder(prompt, max_len))
-        trace = parts[-1].tokens                                  # (N, R)
-        prompt = torch.from_numpy(as_prompt(trace.cpu().numpy())).to(trace.device)
     return parts
 
 
@@ -221,7 +223,8 @@ def validate(cfg, world, decoder, n=64):
     tokens = joined(written)                                      # (n, R)
     text = pack(tokens, left=False)
     width = max(text.shape[1], split.response.shape[1])
-    text, reference = (np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (text, split.response))
+    text = np.pad(text, ((0, 0), (0, width - text.shape[1])))
+    reference = np.pad(split.response, ((0, 0), (0, width - split.response.shape[1])))
     return {
         "valid": float(parse_answers(tokens, split.incoming).valid.mean()),
         "match": float((text == reference)[reference != PAD].mean()),

@@ -41,7 +41,7 @@ from data import PAD, faithfulness, joined, parse_answers, statements  # noqa: E
 from plumbing.checkpoint import last_student  # noqa: E402
 from plumbing.script import script  # noqa: E402
 from plumbing.settings import Text, UserError  # noqa: E402
-from trainer import BATCH, block_writer, decode_split, load_world  # noqa: E402
+from trainer import BATCH, block_decoder, decode_split, load_world  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def main(cfg, options):
                         "--requests with a file, or -")
     world = load_world(cfg)
     stage, model = last_student(cfg, world)
-    reader, decoder = Reader(cfg, world), block_writer(cfg, model)
+    reader, decoder = Reader(cfg, world), block_decoder(cfg, model)
     numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     failed = False
     while batch := list(itertools.islice(numbered, 1 if interactive else BATCH)):

@@ -48,7 +48,7 @@ from plumbing.script import script
 from plumbing.settings import Text, UserError, Whole, settings_of
 from report.table import chosen_seeds
 from tables import write_result
-from trainer import ar_writer, block_writer, decode_split, load_world
+from trainer import ar_decoder, block_decoder, decode_split, load_world
 
 # Settings of the machine, and those that are set here for each student
 NOT_COMPARED = ("run_dir", "threads", "device", "data_dir", "every", "again", "from_", "seed")
@@ -224,7 +224,7 @@ def decode(cfg, model, split, tau):
     it writes token by token."""
     world = world_of(cfg)
     users = getattr(world, split)
-    writer = ar_writer(model) if tau is None else block_writer(cfg, model, tau)
+    writer = ar_decoder(model) if tau is None else block_decoder(cfg, model, tau)
     written, forwards = decode_split(cfg, world, users, writer)
     tokens = joined(written)                                      # (N, R)
     scores = score(world, users, tokens, forwards)

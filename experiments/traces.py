@@ -35,9 +35,9 @@ from plumbing.script import script
 from plumbing.settings import Text, UserError
 from report.table import chosen_seeds, write_json, write_text
 from tables import share, table
-from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES, toy_examples,
+from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES, written_as_tokens,
                        toy_oracle, toy_words)
-from trainer import BATCH, ar_writer, block_writer, load_world, respond
+from trainer import BATCH, ar_decoder, block_decoder, load_world, respond
 
 MEASURES = ("prompt edited", "traces exchanged", "falsified", "turned", "consistent")
 
@@ -95,7 +95,7 @@ def toy_edited(world):
     row, attribute = np.arange(N), rng.integers(TOY_ATTRIBUTES, size=N)
     value = items[row, rng.integers(K, size=N), attribute]
     history[row, rng.integers(TOY_HISTORY, size=N), attribute] = value
-    edited = toy_examples(history, items, split.incoming, split.target, world.n_labels)
+    edited = written_as_tokens(history, items, split.incoming, split.target, world.n_labels)
     return edited, before, oracle()
 
 
@@ -148,7 +148,7 @@ def main(cfg, options):
     for seed in chosen_seeds(cfg, options.seeds):
         of_seed = dataclasses.replace(cfg, seed=seed)
         for stage, (model, _) in finished_stages(of_seed, world).items():
-            writer = ar_writer(model) if stage == "ar" else block_writer(of_seed, model)
+            writer = ar_decoder(model) if stage == "ar" else block_decoder(of_seed, model)
             found.setdefault(stage, {})[seed] = measures(of_seed, world, writer)
             print(f"seed {seed}, {stage}: done", flush=True)
     lines = [{"stage": stage, "users": len(world.test), "seeds": list(seeds),

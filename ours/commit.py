@@ -25,19 +25,20 @@ class Apart:
     def choose(self, logp, open_, forced):
         """As sampler.Threshold.choose: logp (N, B, V), open_ and forced (N, B) -> (N, B)."""
         chosen = Threshold(self.tau).choose(logp, open_, forced)  # (N, B)
-        confidence, best = logp.max(-1)                           # (N, B)
+        best_logp, best = logp.max(-1)                            # (N, B)
         is_label = (best >= self.labels.start) & (best < self.labels.stop)
         wants = chosen & is_label
 
-        # rivals[n, i, j]: slots i and j of row n both have the same label as their likeliest token.
+        # rivals[n, i, j]: slots i and j of row n are both chosen, with the same label as their
+        # likeliest token.
         rivals = best[:, :, None] == best[:, None, :]             # (N, B, B)
         rivals &= wants[:, :, None] & wants[:, None, :]
 
         # surer[n, i, j]: slot j goes before slot i. A forced slot goes first; of two that are
         # equally sure, the left one does.
-        confidence = torch.where(forced, 1.0, confidence)         # above all log-probabilities
+        best_logp = torch.where(forced, 1.0, best_logp)         # above all log-probabilities
         slot = torch.arange(logp.shape[1], device=logp.device)    # (B,)
-        ahead = confidence[:, None, :] > confidence[:, :, None]   # (N, B, B)
-        alike = confidence[:, None, :] == confidence[:, :, None]
+        ahead = best_logp[:, None, :] > best_logp[:, :, None]     # (N, B, B)
+        alike = best_logp[:, None, :] == best_logp[:, :, None]
         surer = ahead | (alike & (slot < slot[:, None]))
         return chosen & ~(rivals & surer).any(-1)

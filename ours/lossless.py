@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import EOS, MASK, PAD, in_answer
+from data import EOS, MASK, PAD, after_first, in_answer
 from diffusion import read_blocks, take_blocks
 from model import KVCache, causal_hidden, causal_mask, pad_left
 from sampler import NEVER, Decoded, block_decode
@@ -57,6 +57,7 @@ def lossless_decode(model, prompt, max_len, block_size, rule):
 
     rule: which slots of a draft are committed together, a value with `choose`."""
     N, P = prompt.shape
+    # It keeps the prompts of all rows: block_decode drops rows from copies only.
     cache = KVCache(model, N, P + max_len + block_size)
     drafted = block_decode(model, prompt, max_len, block_size, rule, cache=cache)
     text = drafted.clean[:, :max_len]                             # (N, max_len)
@@ -152,5 +153,4 @@ def one_hot(token, like):
 
 def up_to_end(text):
     """Text (N, R) with [MASK] after its first [EOS]."""
-    is_end = text == EOS
-    return text.masked_fill(is_end.cumsum(1) - is_end.long() > 0, MASK)
+    return text.masked_fill(after_first(text, EOS), MASK)

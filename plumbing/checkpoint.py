@@ -158,7 +158,7 @@ def check_fits(cfg, world, n_positions):
     A response is filled up to whole blocks. The teacher is checked with the student's blocks too,
     so that nobody trains a teacher that cannot be converted."""
     prompt = max(split.prompt.shape[1] for split in (world.train, world.val, world.test))
-    for longest in world.longest(cfg.trace):
+    for longest in world.longest[cfg.trace]:
         block_size = min(cfg.block_size, longest)
         response = math.ceil(longest / block_size) * block_size
         if prompt + response > n_positions:

@@ -65,7 +65,7 @@ def barrier():
         dist.barrier()
 
 
-def share(n):
+def per_process(n):
     """Returns how many of n rows this process draws: a part, rounded up."""
     return -(-n // RANKS)
 

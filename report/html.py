@@ -22,7 +22,7 @@ from plumbing.settings import Numbers, UserError, Whole
 from report.denoise import (checked, missing, truth, user_of, verdict, write, wrong_labels)
 from report.figures import write_gif
 from report.table import device_name, write_text
-from trainer import ar_writer, block_writer, load_world
+from trainer import ar_decoder, block_decoder, load_world
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 MARK = "@DATA@"  # where the data go in page.html
@@ -72,12 +72,12 @@ def user_data(user, number, ar, students):
 
 def decodes(cfg, world, models, n, taus):
     """What is written to test user n: AR's Written, and {student: {tau: Written}}."""
-    ar = write(cfg, world, "ar", models["ar"], ar_writer(models["ar"]), n)
+    ar = write(cfg, world, "ar", models["ar"], ar_decoder(models["ar"]), n)
     students = {}
     for name, model in {"naive": models["ar"], **models}.items():
         if name != "ar":
             students[name] = {
-                tau: write(cfg, world, name, model, block_writer(cfg, model, tau), n)
+                tau: write(cfg, world, name, model, block_decoder(cfg, model, tau), n)
                 for tau in taus}
     return ar, students
 

@@ -15,7 +15,7 @@ from plumbing.checkpoint import finished_stages
 from plumbing.settings import UserError
 from report.denoise import (answer_slots, checked, missing, truth, user_of, verdict, write,
                             wrong_labels)
-from trainer import ar_writer, block_writer
+from trainer import ar_decoder, block_decoder
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 MARKS = {True: "✓", False: "✗"}
@@ -34,8 +34,8 @@ def show(cfg, world, n_users):
           "✓ true, ✗ wrong.")
     for n in range(min(n_users, len(world.test))):
         responses = [
-            write(cfg, world, "ar", teacher, ar_writer(teacher), n),
-            write(cfg, world, last, student, block_writer(cfg, student), n)]
+            write(cfg, world, "ar", teacher, ar_decoder(teacher), n),
+            write(cfg, world, last, student, block_decoder(cfg, student), n)]
         print("\n".join(lines_of(user_of(world, n), n + 1, responses)), flush=True)
 
 

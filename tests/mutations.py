@@ -34,7 +34,7 @@ MUTATIONS = {
     "model.py": [
         ("q.shape[-1] ** -0.5", "q.shape[-1] ** -1.0", "model"),
         ("a * cos - b * sin", "a * cos + b * sin", "model"),
-        ("out[..., :EOS] = NO_TOKEN", "out[..., :1] = NO_TOKEN", "model"),
+        ("out[..., :EOS] = FORBIDDEN", "out[..., :1] = FORBIDDEN", "model"),
         ("key >= pad[..., None]", "key >= 0 * pad[..., None]", "model"),
         ("return hidden[:, P - 1:]", "return hidden.roll(-1, 1)[:, P - 1:]", "model"),
         ("** 0.5 if writes else 1.0", "** 0.5 if not writes else 1.0", "model"),
@@ -58,21 +58,27 @@ MUTATIONS = {
          "diffusion")],
     "sampler.py": [
         ("confidence > self.tau", "confidence >= self.tau", "sampler"),
-        ("(best & open_ & none_forced)", "(best & open_)", "sampler"),
+        ("(best & none_forced)", "best", "sampler"),
         ("forced[:, 0] = open_[:, 0]", "forced[:, 0] = False", "sampler"),
-        ("ended = (block == EOS).cumsum(1) > 0", "ended = block == PAD", "sampler"),
+        ("(tokens == MASK) & ~after_first(tokens, EOS)", "tokens == MASK", "sampler"),
         ("in_block = query >= length", "in_block = query > length", "sampler"),
         ("B = min(block_size, max_len)", "B = block_size", "sampler"),
         ("hidden[:, U - 1:-1]", "hidden[:, U:]", "sampler"),
-        ("part, pad[rows], text", "part, pad[:len(rows)], text", "sampler"),
+        ("cache, pad[rows], text", "cache, pad[:len(rows)], text", "sampler"),
         ("decoded.forwards[rows] += 1", "decoded.forwards += 1", "sampler")],
     "ours/commit.py": [
-        ("torch.where(forced, 1.0, confidence)", "torch.where(forced, confidence, confidence)",
+        ("torch.where(forced, 1.0, best_logp)", "torch.where(forced, best_logp, best_logp)",
          "ours"),
         ("(slot < slot[:, None])", "(slot > slot[:, None])", "ours")],
+    "ours/misplace.py": [
+        ("one_of(is_label & masked)", "one_of(masked)", "ours"),
+        ("one_of(is_label & ~masked)", "one_of(~masked)", "ours"),
+        ("torch.where(here, left, token)", "token", "ours"),
+        ("generator=rng).to(shown.device) < share", "generator=rng).to(shown.device) > share",
+         "ours")],
     "ours/exclude.py": [
-        ("is_label & ~open_", "~open_", "ours"),
-        ("asks = (is_label & open_)", "asks = is_label", "ours")],
+        ("is_label & ~masked", "~masked", "ours"),
+        ("asks = (is_label & masked)", "asks = is_label", "ours")],
     "ours/lossless.py": [
         ("torch.where(swapped, old, draft)", "draft.clone()", "lossless"),
         ("(slot > place) & in_answer(draft)", "(slot > place)", "lossless"),
@@ -97,7 +103,7 @@ MUTATIONS = {
         ("sum(part.forwards for part in parts)", "parts[-1].forwards", "stages/split")],
     "train_ar.py": [
         ("return total / weight.sum()", "return total / real.sum()", "diffusion"),
-        ("share(cfg.batch_size), cfg.answer_share", "share(cfg.batch_size), 1.0", "stages/batch")],
+        ("(cfg.batch_size), cfg.answer_share", "(cfg.batch_size), 1.0", "stages/batch")],
     "train_cft.py": [
         ("token_weight.masked_fill(is_fill, 1.0)", "token_weight.masked_fill(is_fill, 0.0)",
          "diffusion"),
@@ -107,10 +113,9 @@ MUTATIONS = {
         ("split.incoming).valid", "split.incoming).valid | True", "stages/teacher_wrote")],
     "train_opd.py": [
         ("return kl(log_t, log_s)", "return kl(log_s, log_t)", "stages/divergence"),
-        ("beta * kl(log_t, log_m) + (1 - beta)", "(1 - beta) * kl(log_t, log_m) + beta",
-         "stages/divergence"),
-        ("masked_fill(teacher_logits <= NO_TOKEN, NO_TOKEN)", "clone()", "stages/excludes"),
-        ("real & (slot0 | open_)", "real & open_", "stages/opd_loss"),
+        ("(kl(log_t, log_m) + kl(log_s, log_m)) / 2", "kl(log_t, log_m)", "stages/divergence"),
+        ("masked_fill(teacher_logits <= FORBIDDEN, FORBIDDEN)", "clone()", "stages/excludes"),
+        ("real & (slot0 | masked)", "real & masked", "stages/opd_loss"),
         ("token_weights(tokens, cfg.answer_weight)", "token_weights(tokens, 1.0)",
          "stages/opd_loss"),
         ("if cfg.opd_exclude:", "if False:", "stages/opd_loss"),

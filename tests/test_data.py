@@ -9,7 +9,7 @@ import torch
 import toy.world
 from config import Config
 from conftest import gen
-from data import (ANSWER, EOS, LABEL, PAD, PROFILE, Examples, Split, answer_labels, as_prompt,
+from data import (ANSWER, EOS, LABEL, PAD, PROFILE, Examples, Split, is_answer_label, as_prompt,
                   draw_examples, draw_list_lengths, draw_rows, examples_of, faithfulness, in_answer,
                   joined, pack, parse_answers, responses, tensors, token_weights)
 from toy.world import (TOY_EXPERT, TOY_HISTORY, TOY_PRIOR, TOY_Q, TOY_VALUES, toy_oracle, toy_split,
@@ -78,7 +78,7 @@ def test_kinds_of_all_toy_users_join_to_their_responses(world):
         assert np.array_equal(as_prompt(kinds[0].response), kinds[1].prompt)
     for trace in ("free", "bound"):
         longest = [(x.response != PAD).sum(1).max() for x in examples_of(world.train, trace)]
-        assert world.longest(trace) == longest
+        assert world.longest[trace] == longest
 
 
 def test_batches():
@@ -105,7 +105,7 @@ def test_parts_of_a_response():
         [1, 1, 1, 4, 4, 0], [1, 4, 4, 4, 4, 0], [1] * 6, [1, 1, 4, 4, 0, 0]]
     assert in_answer(tokens).int().tolist() == [
         [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1], [0] * 6, [0, 0, 1, 1, 1, 1]]
-    assert answer_labels(tokens).int().tolist() == [
+    assert is_answer_label(tokens).int().tolist() == [
         [0, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]]
 
 

@@ -132,7 +132,7 @@ def test_what_is_compared_is_what_the_scripts_train(monkeypatch, tmp_path):
     world = compare.world_of(job.cfg)
     model, state = load_stage(job.cfg, "cft", world)
     written, forwards = trainer.decode_split(
-        job.cfg, world, world.test, trainer.block_writer(job.cfg, model, line["tau"]))
+        job.cfg, world, world.test, trainer.block_decoder(job.cfg, model, line["tau"]))
     scores = evaluate.score(world, world.test, joined(written), forwards)
     for name in ("forwards", "valid", "strict ndcg@10", "faithful"):
         assert line[name] == pytest.approx(scores[name].mean(), abs=1e-5)

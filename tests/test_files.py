@@ -19,7 +19,7 @@ TINY = Config(n_layer=1, n_head=1, d_model=8, block_size=4, device="cpu")
 def tiny_world(**changes):
     split = SimpleNamespace(prompt=torch.zeros(1, 5))
     world = dict(words=list("abcdef"), checksum="data", train=split, val=split, test=split,
-                 longest=lambda trace: [6, 3])
+                 longest={"free": [6, 3], "bound": [6, 3]})
     return SimpleNamespace(**{**world, **changes})
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from config import Config
 from conftest import LENGTHS, VOCAB, gen, left_padded, tiny_gpt
 from data import ANSWER, EOS, LABEL, NONE, PAD, PROFILE, Split, faithfulness, statements
-from model import NO_TOKEN
+from model import FORBIDDEN
 from ours.commit import Apart
 from ours.exclude import exclude_shown
+from ours.misplace import misplace
 from ours.wording import consistency, entropy_bits, reword
 from plumbing.settings import UserError
 from sampler import NEVER, Decoded, Threshold, block_decode
@@ -78,6 +79,32 @@ def test_no_label_is_committed_twice_in_a_step():
     assert avoided  # the test has cases
 
 
+# --- Labels in a wrong place --------------------------------------------------------------------
+
+def test_a_misplaced_label_is_shown_once_and_what_is_left_is_asked_for():
+    N, M, B = 40, 2, 6
+    token = torch.rand(N, M, B, generator=gen(1)).argsort(-1) + 5  # all different
+    masked = torch.rand(N, M, B, generator=gen(2)) < 0.5
+    is_label = torch.rand(N, M, B, generator=gen(3)) < 0.7
+    state = torch.where(masked, 1, token)
+    possible = (is_label & masked).any(-1) & (is_label & ~masked).any(-1)
+    changed = {}
+    for share in (0.0, 0.3, 1.0):
+        noised, asked = misplace(state, token, masked, is_label, share, gen(4))
+        moved = (noised != state).any(-1)
+        changed[share] = moved.float().mean() / possible.float().mean()
+        assert not (moved & ~possible).any()
+        for n, m in moved.nonzero().tolist():
+            (i,), (j,) = ((x[n, m] != y[n, m]).nonzero()[:, 0].tolist()
+                          for x, y in ((noised, state), (asked, token)))
+            assert is_label[n, m, i] and not masked[n, m, i]
+            assert is_label[n, m, j] and masked[n, m, j]
+            # A label for a label: shown and asked together are the same tokens as before.
+            assert noised[n, m, i] == token[n, m, j] and asked[n, m, j] == token[n, m, i]
+        assert torch.equal(asked[~moved], token[~moved])
+    assert changed[0.0] == 0 and changed[1.0] == 1 and 0.15 < changed[0.3] < 0.45
+
+
 # --- What a state shows is no target ------------------------------------------------------------
 
 def test_labels_that_a_state_shows_leave_the_targets_of_its_open_slots():
@@ -90,7 +117,7 @@ def test_labels_that_a_state_shows_leave_the_targets_of_its_open_slots():
     scored = torch.tensor([[[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 0, 1]]]).bool()
     target = torch.randn(int(scored.sum()), LABEL + 4, generator=gen())
     got = exclude_shown(target, decoded, block, open_, scored)
-    out = (got == NO_TOKEN) & (target != NO_TOKEN)
+    out = (got == FORBIDDEN) & (target != FORBIDDEN)
     expected = torch.zeros_like(out)
     # Of the third state slot 1 alone: slot 0 stands there, the last slot is [EOS]. The trace is
     # free to name a label that is shown, and nothing of the trace counts as shown.

@@ -19,7 +19,7 @@ processes.start("cpu")
 torch.manual_seed(0)
 model = GPT(10, n_layer=1, n_head=2, d_model=16).double()
 model.unused = torch.nn.Parameter(torch.zeros(3))  # of which one process has no gradient
-n = processes.share(6)
+n = processes.per_process(6)
 rows = torch.randint(3, 10, (6, 5))[processes.RANK * n:][:n]
 mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
 loss = model(rows, torch.arange(5).expand(n, 5), mask).square().mean()
@@ -51,7 +51,7 @@ def test_the_mean_gradient_of_two_halves_is_that_of_the_whole_batch(tmp_path):
 def test_each_process_draws_its_part_rounded_up(monkeypatch):
     for n, ranks, each in ((12, 3, 4), (7, 2, 4), (1, 4, 1), (5, 4, 2), (8, 1, 8)):
         monkeypatch.setattr(processes, "RANKS", ranks)
-        assert processes.share(n) == each
+        assert processes.per_process(n) == each
 
 
 def test_an_environment_that_torchrun_never_sets_is_refused(monkeypatch):

@@ -16,7 +16,7 @@ from report.denoise import (User, Written, checked, missing, numbered, printable
 from report.show import lines_of
 from sampler import NEVER
 from test_report import make_run
-from trainer import ar_writer, block_writer, load_world, respond
+from trainer import ar_decoder, block_decoder, load_world, respond
 
 L1, L2, L3, L4 = range(LABEL, LABEL + 4)
 A, B = LABEL + 4, LABEL + 5
@@ -120,7 +120,7 @@ def test_what_a_tiny_model_writes_is_all_there_with_the_time_of_every_forward():
         with torch.no_grad():
             for p in model.parameters():
                 p.normal_(std=0.3 if p.dim() == 2 else 1.0)
-        for name, decoder in (("ar", ar_writer(model)), ("cft", block_writer(cfg, model))):
+        for name, decoder in (("ar", ar_decoder(model)), ("cft", block_decoder(cfg, model))):
             written = write(cfg, world, name, model, decoder, 3)
             prompt, _ = tensors(examples_of(world.test, trace)[0], range(3, 4), "cpu")
             parts = respond(cfg, world, decoder, prompt)

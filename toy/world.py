@@ -25,14 +25,14 @@ def toy_words(n_labels):
     return SPECIAL + labels + values + evidence
 
 
-def toy_oracle(counts, items, list_length, prior=TOY_PRIOR):
+def toy_oracle(counts, items, list_length, slope=TOY_PRIOR):
     """Bayes score of each candidate, log P(target = c | prompt) + const: (N, K).
 
     counts (N, A, V): how often the history has each value; items (N, K, A); list_length (N,).
     A history item has value v with probability q + u if v is the favourite, else u, where
     u = (1 - q) / V. So the favourite's posterior is f_v ~ rho^count_v, rho = (q + u) / u. An item
     that the user takes has value v with probability p_v = q f_v + u, another item with 1 / V:
-        score = log prior(place) + sum over attributes of log(V p_v)"""
+        score = -slope place + sum over attributes of log(V p_v)"""
     u = (1 - TOY_Q) / TOY_VALUES
     rho = (TOY_Q + u) / u
     f = rho ** counts.astype(np.float64)
@@ -41,7 +41,7 @@ def toy_oracle(counts, items, list_length, prior=TOY_PRIOR):
     # p of each item's own values: indices (N, 1, 1), (A,) and (N, K, A) -> (N, K, A).
     log_ratio = np.log(TOY_VALUES * p[user, np.arange(TOY_ATTRIBUTES), items])
     place = np.arange(items.shape[1])
-    score = log_ratio.sum(-1) - prior * place
+    score = log_ratio.sum(-1) - slope * place
     return np.where(place < list_length[:, None], score, -np.inf)
 
 
@@ -60,17 +60,17 @@ def toy_users(list_length, K, rng):
     items = rng.integers(TOY_VALUES, size=(n, K, TOY_ATTRIBUTES))
     listed = np.arange(K) < list_length[:, None]                  # (n, K)
     # The target's place, by inverting the cumulative distribution of its prior.
-    prior = np.where(listed, np.exp(-TOY_PRIOR * np.arange(K)), 0)
-    drawn = rng.random((n, 1)) * prior.sum(1, keepdims=True)
-    place = (drawn > prior.cumsum(1)).sum(1)
+    weight = np.where(listed, np.exp(-TOY_PRIOR * np.arange(K)), 0)
+    drawn = rng.random((n, 1)) * weight.sum(1, keepdims=True)
+    place = (drawn > weight.cumsum(1)).sum(1)
     items[np.arange(n), place] = taken(1)[:, 0]
     incoming = np.where(listed, np.arange(K), -1)  # label L3 is the third of the list
     return history, items, incoming, place
 
 
-def toy_examples(history, items, incoming, target, n_labels, prior=TOY_PRIOR, told=False):
+def written_as_tokens(history, items, incoming, target, n_labels, slope=TOY_PRIOR, told=False):
     """Writes users (toy_users) as a Split of tokens. The order is that of toy_oracle with this
-    prior; with told=True the target is put first."""
+    slope; with told=True the target is put first."""
     n = len(items)
     words = {word: token for token, word in enumerate(toy_words(n_labels))}
     first_value = words["x0"] + TOY_VALUES * np.arange(TOY_ATTRIBUTES)  # token of x0, y0, z0
@@ -98,7 +98,7 @@ def toy_examples(history, items, incoming, target, n_labels, prior=TOY_PRIOR, to
     evidence = words["x0:0"] + (TOY_MOST + 1) * value + times
     trace = np.concatenate((column(PROFILE), profile, places(evidence)), axis=1)
 
-    score = toy_oracle(counts, items, listed.sum(1), prior)
+    score = toy_oracle(counts, items, listed.sum(1), slope)
     if told:
         score[incoming == target[:, None]] = np.inf
     best_first = np.argsort(-score, axis=1, kind="stable")  # equal candidates stay as they came
@@ -114,14 +114,14 @@ def toy_split(n, number, cfg):
     users come first whatever n is. All training seeds share one world."""
     K, parts = cfg.n_candidates, []
     told = cfg.world == "toy_target"
-    prior = TOY_PRIOR * (TOY_EXPERT if told or cfg.world == "toy_expert" else 1)
+    slope = TOY_PRIOR * (TOY_EXPERT if told or cfg.world == "toy_expert" else 1)
     for chunk in range(-(-n // TOY_DRAWN)):
         rng = np.random.default_rng([7, number, chunk])
         full = np.full(TOY_DRAWN, K)
         length = draw_list_lengths(TOY_DRAWN, cfg, rng) if number == 0 else full
         parts.append(toy_users(length, K, rng))
     users = [np.concatenate(field)[:n] for field in zip(*parts)]
-    return toy_examples(*users, cfg.n_labels, prior, told)
+    return written_as_tokens(*users, cfg.n_labels, slope, told)
 
 
 def toy_world(cfg):
