@@ -142,9 +142,9 @@ def test_a_log_is_cut_to_the_steps_that_were_saved(tmp_path):
 def test_texts_that_do_not_fit_are_refused():
     positions = len(ck.new_model(TINY, WORLD).cos)
     for *trace, fits in ([positions // 4 * 4 - 8], [10, positions // 4 * 4 - 12]):  # 10: 12 slots
-        ck.new_model(TINY, tiny_world(longest=lambda _: [*trace, fits]))
+        ck.new_model(TINY, tiny_world(longest={"bound": [*trace, fits]}))
         assert "positions of the model: choose a smaller --block_size" in refusal(
-            ck.new_model, TINY, tiny_world(longest=lambda _: [*trace, fits + 1]))
+            ck.new_model, TINY, tiny_world(longest={"bound": [*trace, fits + 1]}))
 
 
 def test_a_stage_begins_with_the_latest_before_it(tmp_path):
