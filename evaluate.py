@@ -19,6 +19,7 @@ served*, where an invalid answer is repaired, and *strict*, where it scores 0. T
 """
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -70,6 +71,17 @@ def ranking_metrics(rank):
     return out
 
 
+def score_order(split, order):
+    """Metrics of rankings (N, K), as if every one were valid: {name: (N,)}."""
+    rank = (order == split.target[:, None]).argmax(1)             # (N,)
+    identity = (order == split.incoming).all(1).astype(float)
+    out = {"valid": np.ones(len(rank)), "identity": identity}
+    for metric, values in ranking_metrics(rank).items():
+        out[f"served {metric}"] = values
+        out[f"strict {metric}"] = values
+    return out
+
+
 def score(world, split, tokens, forwards=None):
     """All that is measured on whole responses (N, R) to the users of a split: {name: (N,)}."""
     answers = parse_answers(tokens, split.incoming)
@@ -86,38 +98,28 @@ def score(world, split, tokens, forwards=None):
     return out
 
 
-def score_order(split, order):
-    """Metrics of rankings (N, K), as if every one were valid: {name: (N,)}."""
-    rank = (order == split.target[:, None]).argmax(1)             # (N,)
-    identity = (order == split.incoming).all(1).astype(float)
-    out = {"valid": np.ones(len(rank)), "identity": identity}
-    for metric, values in ranking_metrics(rank).items():
-        out[f"served {metric}"] = values
-        out[f"strict {metric}"] = values
-    return out
-
-
 # --- Decoding every stage ---------------------------------------------------------------------
 
 def models_of(stages):
     """{row: model} for the rows of the table that stages, {stage: (model, checkpoint)}, allow."""
-    models = {"ar": stages["ar"][0], "naive": stages["ar"][0]}
+    ar, _ = stages["ar"]
+    models = {"ar": ar, "naive": ar}
     models |= {stage: model for stage, (model, _) in stages.items()}
-    # CFT with the AR loss in the mix makes a model that decodes token by token as well. [1] is the
-    # checkpoint, a dict.
-    if "cft" in stages and stages["cft"][1]["settings"]["cft_ar_weight"]:
-        models["own ar"] = models["lossless"] = models["cft"]
+    # CFT with the AR loss in the mix makes a model that decodes token by token as well.
+    if "cft" in stages:
+        cft, checkpoint = stages["cft"]
+        if checkpoint["settings"]["cft_ar_weight"]:
+            models["own ar"] = models["lossless"] = cft
     return models
 
 
 def decoder_of(cfg, row, model, tau=None):
     """The decoder of a row (trainer.py), at the settings' tau or at another."""
-    def lossless(prompt, max_len):
-        return lossless_decode(model, prompt, max_len, cfg.block_size, rule_of(cfg))
-
+    if row in ("ar", "own ar"):
+        return ar_decoder(model)
     if row == "lossless":
-        return lossless
-    return ar_decoder(model) if row in ("ar", "own ar") else block_decoder(cfg, model, tau)
+        return partial(lossless_decode, model, block_size=cfg.block_size, rule=rule_of(cfg))
+    return block_decoder(cfg, model, tau)
 
 
 def evaluate_row(cfg, options, world, row, model):
