@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: toy few beauty paper demo test mutations clean
+.PHONY: toy few beauty paper demo test mutations release-check clean
 
 # The whole recipe: `make` on the toy world, `make beauty` on Amazon Beauty (docs/beauty.md), and
 # `make few` on the toy world where the teacher has written little.
@@ -42,6 +42,10 @@ test: .venv/ready
 # Changes one line of the code at a time, and runs the tests that should notice.
 mutations: .venv/ready
 	$(RUN) tests/mutations.py
+
+# Fails if a file under results/ is of another version than the code, and names it.
+release-check: .venv/ready
+	$(RUN) -m pytest -q -W error:results tests/test_docs.py
 
 # the environment; made again whenever requirements.txt changes
 .venv/ready: requirements.txt

@@ -2,8 +2,9 @@
 
     python train_cft.py --config small --cft_lr 0.0005 --seed 1
 
-Settings marked "ours" belong to our additions to the paper. The value in brackets switches an
-addition off; PAPER collects these values.
+A setting's annotation is the range that is allowed: Real(0, 1) a number from 0 to 1, OneOf(...) one
+of these words (plumbing/settings.py). Settings marked "ours" belong to our additions to the paper.
+The value in brackets switches an addition off; PAPER collects these values.
 """
 import os
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Config:
     threads: Whole(1, 256) = 2   # CPU threads; bit-identical runs need the same number
     device: OneOf("auto", "cpu", "cuda") = "auto"  # auto: the GPU, if there is one
 
-    # The world: what a prompt is made of. Label words: 2 n_candidates, so answers can be wrong.
+    # The world: what a prompt is made of. There are 2 K label words, so an answer can name one that
+    # is not listed.
     world: OneOf("toy", "toy_expert", "toy_target",
                  "beauty", "beauty_expert", "beauty_target") = "toy"
     #   *_expert: the training text ranks as an expert who errs; *_target: the same, but the item
@@ -68,9 +70,11 @@ class Config:
     # CFT: conversion fine-tuning
     cft_steps: Whole(0, MANY) = 3000
     cft_lr: Real(0, 1) = 2e-3
-    cft_gold: Switch() = True      # train on the reference orders; false: on the teacher's own
+    cft_gold: Switch() = True      # true (gold): train on the reference traces and answers; false:
+    #   on the teacher's own responses
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
-    cft_first_steps: Real(0, 1) = 0.3  # ours [0]: share of blocks all masked, as decoding begins
+    cft_first_steps: Real(0, 1) = 0.3  # ours [0]: a share, not a number of steps: of blocks that
+    #   are masked completely, as in the first step of decoding
     cft_misplace: Real(0, 1) = 0.2  # ours [0]: share of an answer's states that show a label in a
     #   wrong place
     cft_ar_weight: Real(0) = 1.0   # ours [0]: weight of the AR loss in the mix
@@ -78,12 +82,14 @@ class Config:
     # OPD: on-policy distillation
     opd_steps: Whole(0, MANY) = 50
     opd_lr: Real(0, 1) = 5e-5
-    opd_divergence: OneOf("forward", "reverse", "jsd") = "jsd"  # KL(T||S), KL(S||T), or between
+    opd_divergence: OneOf("forward", "reverse", "jsd") = "jsd"  # KL(T||S), KL(S||T), or the
+    #   Jensen-Shannon divergence; T: teacher, S: student
     opd_prompts: Whole(1, MANY) = 10 ** 6  # training prompts of the roll-outs, at most
     opd_group: Whole(1, 10 ** 6) = 1  # roll-outs a prompt: one is greedy, several are drawn
-    opd_tau: Real(above=0, high=1) = 0.7  # tau of the roll-outs
+    opd_tau: Real(above=0, high=1) = 0.7  # tau of the roll-outs, the responses written in training
     opd_anchor: Real(0) = 1.0      # ours [0]: weight of the CFT loss in the mix
-    opd_exclude: Switch() = True   # ours [false]: labels that a state shows leave the target
+    opd_exclude: Switch() = True   # ours [false]: labels that a state shows are removed from the
+    #   teacher's distribution
 
     # RL: GRPO with DAPO's corrections
     rl_steps: Whole(0, MANY) = 30  # rounds: sample, reward, update
@@ -122,7 +128,7 @@ SMALL = dict(
     block_size=64,  # a whole trace, with its [EOS]
     tau=0.3,
     ar_steps=4000,
-    cft_steps=4500)
+    cft_steps=3500)
 # The teacher has written only 300 responses, so CFT has little text to learn from.
 FEW = dict(
     trace="free",

@@ -2,11 +2,11 @@
 
 A response is cut into blocks of B tokens, counted from its start. A *state* of a block is the
 block with some of its tokens shown as [MASK]. A model sees a state in both directions, and before
-it the prompt and the finished text. In training, one forward pass reads the prompt, the clean
-response and *segments*; each segment is a state of one block, and a block may have several.
+it the prompt and the finished (*clean*) text. In training, one forward pass reads the prompt, the
+clean response and *segments*; each segment is a state of one block, and a block may have several.
 
 The token shift of the AR model stays: the output at a token predicts the next one. So the first
-token of a block is predicted by the last *clean* token before it, as in AR decoding. In the
+token of a block is predicted by the last clean token before it, as in AR decoding. In the
 example of data.py, with B = 4:
 
     the third block                L2      x4:0     y1:1     z2:0

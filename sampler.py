@@ -84,7 +84,7 @@ def open_slots(tokens):
 
 
 def decode_mask(pad, length, n_clean, n_block):
-    """Who sees whom in a step of the decoder, which reads n_clean tokens of finished text and a
+    """Who sees whom in a step of the decoder, which reads n_clean tokens of clean text and a
     block of n_block after the `length` tokens of its cache.
 
     The text is causal, and the block sees everything before it and itself: as the clean rows and
@@ -126,7 +126,7 @@ def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY, cach
     rule: a value with `choose`, such as Threshold.
     cache: an empty KVCache, if the caller needs the keys of the prompts afterwards.
 
-    A block sees finished text only, so the keys of that text stay in a cache. The step that opens
+    A block sees clean text only, so the keys of that text stay in a cache. The step that opens
     a block also reads what the cache lacks: the prompt, or the block before. So storing a finished
     block costs no forward of its own. The open block is fed anew in every step."""
     N, P = prompt.shape

@@ -9,7 +9,8 @@ independently of each other. Where two labels are equally likely, two slots may 
 then the answer has one label twice and another not at all. Text that the prompt determines has no
 such ties.
 
-Ours: the AR loss stays in the mix (cft_ar_weight), so the same weights decode both ways.
+Ours: the AR loss stays in the mix (cft_ar_weight), so the same weights decode both ways; some
+states are first steps (cft_first_steps) or show a label in a wrong place (cft_misplace).
 
 Logged: loss; and for 64 validation users, decoded in blocks, valid (close to 0 at first: this is
 the naive conversion), match and tokens_per_forward. Look at all of them: one can be raised at the
@@ -55,10 +56,11 @@ def teacher_text(cfg, world, split):
 def cft_loss(cfg, model, prompt, response, rng):
     """The masked-diffusion loss in nats a token, a scalar.
 
-    -log p(y) <= sum over blocks of -log p(first token | clean past)
-                            + E_t [ 1/t sum over masked i of -log p(y_i | state, clean past) ]
-    (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes from the token shift. docs/bound.md
-    derives it.) At block size 1 it is the AR loss. With cft_ar_weight the AR loss is added.
+    -log p(y) <= sum over blocks of -log p(first token | past)
+                            + E_t [ 1/t sum over masked i of -log p(y_i | state, past) ]
+    past: the clean text before the block. (BD3-LM, arXiv 2503.09573, eq. 8; the first term comes
+    from the token shift. docs/bound.md derives it.) At block size 1 it is the AR loss. With
+    cft_ar_weight the AR loss is added.
     prompt (N, P) padded on the left, response (N, R) on the right."""
     B = min(cfg.block_size, response.shape[1])
     clean, is_fill = fill_last_block(response, B)                 # (N, R'), whole blocks

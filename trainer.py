@@ -64,7 +64,8 @@ def optimizers_of(model, lr):
 # --- The loop around a stage's own loss -------------------------------------------------------
 
 class Run:
-    """Optimisers, schedule, checkpoints, log and bar of one stage. Use:
+    """Optimisers, schedule, checkpoints, log and bar of one stage. A step here is one batch of
+    training; a step of a block (sampler.py) is one forward pass of a decode. Use:
 
         run = Run(cfg, "cft", model, world)
         for step in run.steps():           # continues where a killed run stopped

@@ -365,7 +365,7 @@ def main(cfg, options):
     given = arguments(cfg, preset(cfg.config, **{**entry.settings, **same}))
     if cfg.config != entry.config:
         given = ["--config", cfg.config, *given]
-    write_result(options, entry, given, students, claims_of(cfg, entry, tests))
+    write_result(cfg, options, entry, given, students, claims_of(cfg, entry, tests))
 
 
 def expanded(argv):

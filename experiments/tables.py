@@ -4,7 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
-from plumbing.checkpoint import CODE, checksum, save_atomically
+from plumbing.checkpoint import checksum, made_by, save_atomically
 from plumbing.settings import UserError
 from report.table import write_json, write_text
 
@@ -126,7 +126,7 @@ def check_nothing_lost(path, students):
                             "weights are not here: train it too, or write elsewhere with --into")
 
 
-def write_result(options, entry, given, students, claims):
+def write_result(cfg, options, entry, given, students, claims):
     """Writes the three files, and prints the tables. given: the options of the command line that
     change the entry, [--name, value, ...]."""
     seeds = sorted({int(seed) for student in students.values() for seed in student["seeds"]})
@@ -138,7 +138,7 @@ def write_result(options, entry, given, students, claims):
     result = {
         "entry": options.entry, "question": entry.question, "command": shlex.join(command),
         "config": one["settings"]["config"], "settings": entry.settings,
-        "forwards allowed": entry.forwards, "users": one["users"], "code": checksum(CODE)[:12],
+        "forwards allowed": entry.forwards, "users": one["users"], "made_by": made_by(cfg),
         "claims": claims, "students": students}
     stem = options.entry + (f"-{checksum(given)[:8]}" if given else "")
     path = os.path.join(options.into, stem)

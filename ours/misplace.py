@@ -1,9 +1,9 @@
 """Ours, --cft_misplace: training states that show a label in a wrong place.
 
-Reference text never does. So a student places each label by its evidence, and does not learn to
-look which labels are taken. When it has once committed a wrong label, it writes that label again
-where it belongs, and the answer is invalid. Here a state shows, in a shown slot, the label of a
-masked slot, and asks there for the label that is left:
+Reference text never shows one. So a student places each label by its evidence, and does not learn
+to look which labels are taken. When it has once committed a wrong label, it writes that label again
+where it belongs, and the answer is invalid. Here a slot that is shown gets the label of a masked
+slot, and the masked slot is asked for the label that is then left:
 
     clean text      L4     L1     L7     L2
     state           L4   [MASK]   L7   [MASK]      asked:  L1, L2

@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from config import STAGES, folder
+from config import PRESETS, STAGES, Config, folder
 from model import GPT
 from plumbing.processes import RANK
 from plumbing.settings import UserError, settings_of
@@ -128,6 +130,9 @@ def load_tensors(path):
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             if saved.pop("checksum") == checksum(saved):
+                if saved.get("finished"):
+                    code = code_needed(saved["stage"], saved["code"])
+                    TRAINED_BY.setdefault(saved["stage"], set()).add(short(code))
                 return saved
             why = "its checksum differs"
         except Exception as error:  # torch raises many kinds for a file that is cut short
@@ -258,18 +263,56 @@ def code_of(*patterns):
     return found
 
 
+def commit_of(*patterns):
+    """Returns the commit of the files that match, with a "+" if it has others; "unknown" without
+    git or outside a clone."""
+    def git(*words):
+        words = ["git", "--git-dir=.git", "--glob-pathspecs", *words]
+        root = Path(__file__).parents[1]
+        return subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
+    try:
+        changed = git("status", "--porcelain", "--", *patterns)
+        return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 # The code that what a stage learns may depend on, as the program starts: it does not see what is
 # edited while it runs.
-CODE = code_of("*.py", "toy/*.py", "ours/*.py")
+LESSON = ("*.py", "toy/*.py", "ours/*.py")
+CODE, COMMIT = code_of(*LESSON), commit_of(*LESSON)
+TRAINED_BY = {}  # {stage: {code}} of the finished checkpoints that were read so far, see made_by
+
+
+def short(code):
+    """Returns 12 digits for {file: short checksum}."""
+    return checksum(code)[:12]
+
+
+def code_needed(stage, code):
+    """Returns the part of {file: short checksum} that the weights of a stage may depend on."""
+    later = STAGES[STAGES.index(stage) + 1:]
+    unused = {f"train_{name}.py" for name in later}
+    unused |= {"evaluate.py", "config.py", "ours/lossless.py"}  # settings are compared themselves
+    return {name: there for name, there in code.items() if name not in unused}
 
 
 def changed_code(stage, there):
     """Returns the names of the files that have changed since a checkpoint of a stage was made."""
-    later = STAGES[STAGES.index(stage) + 1:]
-    unused = {f"train_{name}.py" for name in later}
-    unused |= {"evaluate.py", "config.py", "ours/lossless.py"}  # settings are compared themselves
-    return sorted(name for name in (there.keys() | CODE.keys()) - unused
-                  if there.get(name) != CODE.get(name))
+    here, there = code_needed(stage, CODE), code_needed(stage, there)
+    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+
+
+def made_by(cfg):
+    """Returns what a results file says about its making: the code that evaluated, the code that
+    trained each stage, the settings that are not the preset's, the command."""
+    preset = Config(**{"config": cfg.config, **PRESETS[cfg.config]})
+    settings = {k: v for k, v in vars(cfg).items() if v != getattr(preset, k)}
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    return {"commit": COMMIT, "code": short(CODE),
+            "weights": {stage: sorted(codes) for stage, codes in TRAINED_BY.items()},
+            "config": cfg.config, "settings": settings,
+            "command": command.replace(f"{Path(__file__).parents[1]}{os.sep}", "")}
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from config import folder
-from plumbing.checkpoint import CODE, device_of, save_atomically
+from plumbing.checkpoint import CODE, device_of, made_by, save_atomically
 from plumbing.settings import UserError
 
 COMPARED = ("prerank", "ar", "cft", "opd", "own ar")  # rows that the others are compared with
@@ -226,6 +226,7 @@ def make_report(cfg, options, world, results, interval):
         "seeds": sorted({result.seed for result in results if result.seed is not None}),
         "device": device_name(cfg),
         "settings": dataclasses.asdict(cfg) | dataclasses.asdict(options),
+        "made_by": made_by(cfg),
         "code": CODE,
         "data": world.notes,
         "rows": report_rows(in_table, interval),

@@ -15,6 +15,7 @@ import os
 import re
 import runpy
 import shlex
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ import evaluate
 import trainer
 from config import PRESETS, Config
 from make_beauty import make_beauty
+from plumbing import checkpoint as ck
 from plumbing.settings import parse_args, settings_of
 from report.table import markdown
 from scripts import EVALUATION, TINY
@@ -36,6 +38,7 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.
 RUN = ["README.md", "docs/beauty.md", "docs/own_requests.md", "docs/faq.md"]  # whose commands run
 CODE = [path.relative_to(ROOT).as_posix() for folder in (".", "beauty", "experiments", "plumbing")
         for path in sorted(ROOT.glob(f"{folder}/*.py"))]
+RESULTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("results/**/*.json"))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SOURCE = re.compile(r"From \[[^\]]*\]\(([^)]+)\):$")
 STEPS = re.findall(r"\S+_steps|(?<=_steps )\d+", " ".join(TINY))  # whatever a page says
@@ -192,7 +195,7 @@ def test_every_page_can_be_reached_from_the_readme():
     assert seen == set(PAGES)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS])
 def test_a_page_speaks_of_nothing_that_its_reader_cannot_see(page):
     assert not re.findall(r"(?i)(?<!\w)/(?:work|tmp|root|home)\b|\bsessions?\b", read(page))
 
@@ -328,6 +331,39 @@ def test_commands_run_as_they_stand(tmp_path, monkeypatch):
 def test_report_md_is_made_of_report_json(config):
     report = json.loads(read(f"results/{config}/report.json"))
     assert read(f"results/{config}/report.md") == markdown(report)
+
+
+def doubts(made):
+    """Why a results file that was made so may differ from what this code measures: [words]."""
+    if not made:
+        return ["does not say what made it"]
+    found = [f"has weights of {stage} that other code trained"
+             for stage, codes in made["weights"].items()
+             if codes != [ck.short(ck.code_needed(stage, ck.CODE))]]
+    found += ["was evaluated by other code"] * (made["code"] != ck.short(ck.CODE))
+    in_git = re.fullmatch("[0-9a-f]{12,}", made["commit"])
+    return found if in_git else [*found, f"is of the commit {made['commit']}"]
+
+
+def test_results_are_of_this_code():
+    """A warning, which `make release-check` turns into an error."""
+    found = {}
+    for path in RESULTS:
+        content = json.loads(read(path))
+        for part in content if isinstance(content, list) else [content]:
+            found |= {f"{path} {doubt}": None for doubt in doubts(part.get("made_by"))}
+    if found:
+        warnings.warn("results may be old: " + "; ".join(found))
+
+
+def test_results_of_other_code_are_found(monkeypatch):
+    monkeypatch.setattr(ck, "TRAINED_BY", {"ar": {ck.short(ck.code_needed("ar", ck.CODE))}})
+    monkeypatch.setattr(ck, "COMMIT", "0123456789ab")
+    made = ck.made_by(Config())
+    assert doubts(made) == [] and len(doubts(None)) == 1
+    for change in ({"commit": "0123456789ab+"}, {"commit": "unknown"}, {"code": "0" * 12},
+                   {"weights": {"ar": [*made["weights"]["ar"], "0" * 12]}}):
+        assert len(doubts({**made, **change})) == 1, change
 
 
 def test_the_demo_shows_users_re_ranked_by_weights_of_the_preset(monkeypatch, capsys):

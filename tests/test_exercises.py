@@ -231,8 +231,8 @@ def test_bound():
              f"B = {B}: nats a row against the mean over all orders (at B = 1: AR's own)")
     # The last case is enough: what is estimated differs in no other.
     p, r = (x.repeat(200, 1) for x in alone[1])
-    cfg = Config(block_size=B, answer_weight=1.0, cft_first_steps=0.0, cft_ar_weight=0.0,
-                 bfloat16=False)
+    cfg = Config(block_size=B, answer_weight=1.0, cft_first_steps=0.0, cft_misplace=0.0,
+                 cft_ar_weight=0.0, bfloat16=False)
     with torch.no_grad():
         draws = [cft_loss(cfg, model, p, r, gen(seed)).item() * r.shape[1] for seed in range(16)]
     near(found[1], np.mean(draws), 5 * np.std(draws, ddof=1) / 4,

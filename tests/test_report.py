@@ -15,6 +15,7 @@ import torch
 import evaluate
 import scripts
 from data import PAD
+from plumbing import checkpoint as ck
 from plumbing.checkpoint import new_model, save_run
 from plumbing.settings import parse_args
 from report import figures, html, speed
@@ -85,6 +86,28 @@ def test_the_report_has_the_rows_of_every_seed_and_their_mean_in_order(evaluated
     assert timed == ["ar", "cft", "lossless"] and mean["ar"]["times"]["speedup_b1"] == 1
     assert report["settings"]["d_model"] == 16 and report["settings"]["eval_curve_users"] == 8
     assert set(report["code"]) >= {"model.py", "sampler.py"} and report["seeds"] == [0, 1]
+    made = report["made_by"]
+    assert made["config"] == "toy" and made["settings"]["d_model"] == 16 and made["command"]
+    assert "batch_size" in made["settings"] and "grad_clip" not in made["settings"]
+    assert made["code"] == ck.short(ck.CODE) and made["commit"] == ck.COMMIT
+    for stage in ("ar", "cft", "opd"):
+        assert made["weights"][stage] == [ck.short(ck.code_needed(stage, ck.CODE))]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+def test_a_commit_is_that_of_the_files_and_marked_if_they_have_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ck, "__file__", str(tmp_path / "plumbing" / "checkpoint.py"))
+    assert ck.commit_of("*.py") == "unknown"
+    (tmp_path / "model.py").touch()
+    for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm x --no-gpg-sign"):
+        subprocess.run(["git", "-C", tmp_path, *words.split()], check=True)
+    head = ck.commit_of("*.py")
+    assert len(head) == 12
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "new.py").touch()
+    assert ck.commit_of("*.py") == head and ck.commit_of("*.py", "toy/*.py") == head + "+"
+    (tmp_path / "model.py").write_text("changed")
+    assert ck.commit_of("*.py") == head + "+"
 
 
 def test_the_curve_has_a_point_for_each_tau(evaluated):
