@@ -48,8 +48,8 @@ ENTRIES = {
     # What each part of CFT is worth: taken from all of them, and added to none. Equal cost: as many
     # steps. Three forwards are the least.
     "cft": Entry(
-        "What is each of our parts of CFT worth, after half of the preset's steps?",
-        settings=dict(cft_steps=1500),
+        "What is each of our parts of CFT worth, after a third of the preset's steps?",
+        settings=dict(cft_steps=1000),
         students={
             "AR": student("ar"),
             "CFT": student("cft", "AR"),
@@ -67,11 +67,11 @@ ENTRIES = {
                 ("CFT", "AR weight 3"), ("CFT", "threshold rule"),
                 *against("nothing of ours", "CFT", "first steps alone", "misplaced labels alone",
                          "AR loss alone", "apart alone")),
-        forwards=4.0),
+        forwards=5.0),
     "cft_beauty": Entry(
         "What is each of our parts of CFT worth on Amazon Beauty, after a third of the steps?",
         config="small",
-        settings=dict(cft_steps=1500),
+        settings=dict(cft_steps=1200),
         students={
             "AR": student("ar"),
             "CFT": student("cft", "AR"),
