@@ -87,7 +87,6 @@ class Config:
     opd_prompts: Whole(1, MANY) = 10 ** 6  # training prompts of the roll-outs, at most
     opd_group: Whole(1, 10 ** 6) = 1  # roll-outs a prompt: one is greedy, several are drawn
     opd_tau: Real(above=0, high=1) = 0.7  # tau of the roll-outs, the responses written in training
-    opd_anchor: Real(0) = 1.0      # ours [0]: weight of the CFT loss in the mix
     opd_exclude: Switch() = True   # ours [false]: labels that a state shows are removed from the
     #   teacher's distribution
 
@@ -140,8 +139,7 @@ FEW = dict(
     opd_steps=400,
     opd_lr=1e-3,
     opd_divergence="forward",
-    opd_tau=0.5,
-    opd_anchor=0.0)
+    opd_tau=0.5)
 PAPER = dict(  # our additions, switched off
     trace="free",
     wording="fixed",
@@ -149,7 +147,6 @@ PAPER = dict(  # our additions, switched off
     cft_first_steps=0.0,
     cft_misplace=0.0,
     cft_ar_weight=0.0,
-    opd_anchor=0.0,
     opd_exclude=False)
 # The paper's recipe as it is written, at our size. (Its teacher is trained by AR, then by RL: see
 # `make paper`.)

@@ -11,9 +11,9 @@ prompt, and needs one teacher forward per response.
 
 The paper uses the forward KL and nothing else, as toy_paper does. A forward KL makes the student
 as unsure as its teacher, and a student that is less sure needs more forwards. So after CFT on all
-text our presets use the JSD, and add the CFT loss as an anchor.
+text our presets use the JSD.
 
-Logged: loss (both terms), divergence alone, and the figures of CFT.
+Logged: loss, which is the divergence, and the figures of CFT.
 """
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ from plumbing.script import script
 from sampler import NEVER, block_decode
 from trainer import (Run, autocast, block_decoder, load_world, rng_for, rule_of, sampling_on,
                      validate)
-from train_cft import cft_loss, training_text
 
 
 def kl(log_p, log_q):
@@ -113,7 +112,6 @@ def main(cfg):
     student = start_from(cfg, world, "opd")
     run = Run(cfg, "opd", student, world)
     kinds = examples_of(world.train.take(slice(0, cfg.opd_prompts)), cfg.trace)
-    text = training_text(cfg, world) if cfg.opd_anchor else None  # of the anchor
     for step in run.steps():
         rng = rng_for(cfg, "opd", step)
 
@@ -128,13 +126,7 @@ def main(cfg):
                                rule_of(cfg, cfg.opd_tau), how)
 
         # The teacher corrects.
-        divergence_loss = loss = opd_loss(cfg, student, teacher, prompt, decoded, rng)
-        if cfg.opd_anchor:                                        # ours
-            examples, rows = draw_examples(text, per_process(cfg.batch_size), cfg.answer_share, rng)
-            prompt, response = tensors(examples, rows, device_of(cfg))
-            loss = loss + cfg.opd_anchor * cft_loss(cfg, student, prompt, response, rng)
-        log = run.update(loss)
-        log["divergence"] = divergence_loss.item()
+        log = run.update(opd_loss(cfg, student, teacher, prompt, decoded, rng))
         if run.time_to_validate():
             log |= validate(cfg, world, block_decoder(cfg, student))
         run.log(**log)

@@ -123,7 +123,7 @@ MUTATIONS = {
         ("n_steps = last + 1", "n_steps = last.clamp(min=1)", "stages/occurred"),
         ("rule_of(cfg, cfg.opd_tau)", "rule_of(cfg)", "stages/opd_step"),
         ("1.0 if cfg.opd_group > 1 else 0.0", "1.0", "stages/opd_step"),
-        ("cfg.opd_anchor * cft_loss", "cft_loss", "stages/opd_step")],
+        ("prompt.repeat_interleave(cfg.opd_group, dim=0)", "prompt", "stages/opd_step")],
     "train_rl.py": [
         ("world.train.target >= 0", "world.train.target >= -1", "stages/rl_step"),
         ("rule_of(cfg, cfg.rl_tau)", "rule_of(cfg, cfg.tau)", "stages/rl_step"),
