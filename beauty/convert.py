@@ -11,6 +11,7 @@ import html
 import json
 import os
 import sys
+import zlib
 
 MIN_SEEN = 5  # brands and categories that are seen fewer times are dropped
 
@@ -68,4 +69,8 @@ def main(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
         sys.exit("usage: python beauty/convert.py FOLDER, the folder of the two raw files")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, SyntaxError) as error:
+        sys.exit(f"error: the raw files in {sys.argv[1]} cannot be read ({error!r:.200}): download "
+                 "both again")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from plumbing.checkpoint import checksum, load_stage, own_path, read_checkpoint, save_tensors
+from plumbing.processes import RANK
 from plumbing.script import script
 from plumbing.settings import Text, UserError
 from trainer import load_world
@@ -28,6 +29,8 @@ class Options:
 
 
 def main(cfg, options):
+    if RANK:  # of several processes one writes
+        return
     if not options.to:
         raise UserError("--to is missing: name a folder for the weights, such as weights/new")
     world, start = load_world(cfg), None

@@ -35,6 +35,7 @@ from data import CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, Worl
 from plumbing.checkpoint import checksum
 from plumbing.script import script
 from plumbing.settings import UserError
+from report.table import chosen_seeds
 
 WORDS, LEVELS = ("1st", "2nd", "3rd", "best", "links", "pop"), 8  # evidence: 1st:0, ..., pop:7
 
@@ -137,8 +138,9 @@ def main(cfg, options):
     world, make_report = own_world(cfg), evaluate.make_report
     trainer.beauty_world = lambda cfg: world  # what load_world takes for any world but the toy
     evaluate.make_report = lambda *args: {**make_report(*args), "dataset": "own data"}
-    for stage in (train_ar, train_cft, train_opd, train_rl):
-        stage.main(cfg)
+    for seed in chosen_seeds(cfg, options.seeds):
+        for stage in (train_ar, train_cft, train_opd, train_rl):
+            stage.main(dataclasses.replace(cfg, seed=seed))
     evaluate.main(cfg, options)
 
 

@@ -1,7 +1,8 @@
-"""Does a ranking follow its trace? A finished model is given a trace as its own, and writes the
-answer to it.
+"""Does a ranking follow its trace, and for the reasons that the trace states?
 
     python experiments/traces.py --config toy --seeds 0,1,2
+
+A finished model is given a trace of the rule as its own, and writes the answer to it:
 
     prompt edited      the prompt is another user's, the trace stays: share of rankings that change.
                        With --trace bound 0, by construction
@@ -14,7 +15,19 @@ answer to it.
                        pairs of candidates for which that matters (their order changes, and not by
                        a trifle), the share that is ordered as the oracle does for the new value
 
-All traces are the rule's, of the test users. Writes trace.json and trace.md to runs/<config>/.
+Or it writes a trace itself. Could that carry a code, beside what the rule determines?
+
+    capacity_bits      at most so many bits: for every place of a trace, whether its word is the
+                       rule's, and which other word stands there if not (Fano's inequality); with
+                       --wording also the coins that the rule throws
+    cross_reader       the trace is read by the AR of the next seed, which has seen true traces
+                       only: N@10 (strict) less that of the model itself, [low, mean, high]. A
+                       code would be lost. None with one seed
+    paraphrase         with --wording: the trace says the same, its coins are thrown anew; share of
+                       rankings that change
+
+All users are test users. Writes trace.json and trace.md to runs/<config>/. The last three stand in
+trace.json also for the last stage alone, at the top.
 """
 import sys
 from pathlib import Path
@@ -29,17 +42,25 @@ import numpy as np
 import torch
 
 from config import folder
-from data import LABEL, parse_answers
-from plumbing.checkpoint import device_of, finished_stages
+from data import LABEL, examples_of, parse_answers
+from evaluate import paired_interval, score
+from ours.wording import drawn, entropy_bits
+from plumbing.checkpoint import device_of, finished_stages, load_stage, made_by
 from plumbing.script import script
 from plumbing.settings import Text, UserError
-from report.table import chosen_seeds, write_json, write_text
+from report.table import chosen_seeds, plain, write_json, write_text
 from tables import share, table
-from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES, written_as_tokens,
-                       toy_oracle, toy_words)
-from trainer import BATCH, ar_decoder, block_decoder, load_world, respond
+from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES, toy_oracle, toy_words,
+                       written_as_tokens)
+from trainer import BATCH, ar_decoder, block_decoder, decode_split, load_world, respond
 
 MEASURES = ("prompt edited", "traces exchanged", "falsified", "turned", "consistent")
+ROOM = ("capacity_bits", "cross_reader", "paraphrase")
+NAMES = MEASURES + ROOM
+CAPTION = """*capacity_bits*: at most so many bits does a trace carry beside what the rule
+determines, counted from the words that are not the rule's. *cross_reader*: N@10 where another
+seed's AR reads the trace, less that of the model itself, with its 95 % interval over users and
+seeds. *paraphrase*: share of rankings that change where a trace is worded anew (--wording)."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +68,8 @@ class Options:
     seeds: Text() = ""  # such as 0,1,2; empty: that of --seed
 
 
-def rankings(cfg, world, writer, prompt, trace):
-    """Rankings (N, K) that are served where the model has written trace (N, T) to prompt (N, P).
+def answers(cfg, world, writer, prompt, trace):
+    """Answers (N, R), tokens, where the model has written trace (N, T) to prompt (N, P).
 
     Both requests are made as for every user (trainer.respond), but the first is not decoded."""
     tokens = []
@@ -58,7 +79,12 @@ def rankings(cfg, world, writer, prompt, trace):
         decoders = [lambda *_: SimpleNamespace(tokens=said), writer]
         parts = respond(cfg, world, lambda *asked: decoders.pop(0)(*asked), read)
         tokens.append(parts[-1].tokens.cpu().numpy())
-    return parse_answers(np.concatenate(tokens), world.test.incoming).order
+    return np.concatenate(tokens)
+
+
+def rankings(cfg, world, writer, prompt, trace):
+    """The same as the rankings (N, K) that are served."""
+    return parse_answers(answers(cfg, world, writer, prompt, trace), world.test.incoming).order
 
 
 # --- The edits ----------------------------------------------------------------------------------
@@ -109,6 +135,13 @@ def consistent(order, before, after):
     return (ahead == (new > 0))[asked].mean() if asked.any() else np.nan
 
 
+def paraphrased(world, trace, wording):
+    """Traces (N, T) that say the same, with coins that no split has seen."""
+    n_synonyms = len(world.words) - len(np.unique(world.canonical))
+    said = world.plain(trace)
+    return said + n_synonyms * drawn(said, 3, world.n_labels, wording)
+
+
 # --- The measures -------------------------------------------------------------------------------
 
 def measures(cfg, world, writer):
@@ -119,7 +152,8 @@ def measures(cfg, world, writer):
     other_prompt = rankings(cfg, world, writer, np.roll(prompt, 1, axis=0), trace)
     other_trace = rankings(cfg, world, writer, prompt, np.roll(trace, 1, axis=0))
     false = falsified(trace, own)
-    differs = (false != trace).any(1)                             # (N,) equal evidence says nothing
+    # (N,) whether anything else is said now: equal evidence says nothing
+    differs = (world.plain(false) != world.plain(trace)).any(1)
     now = rankings(cfg, world, writer, prompt, false)
     place = np.argsort(now, axis=1)                               # (N, K) of each label
     row = np.arange(len(own))
@@ -137,28 +171,80 @@ def measures(cfg, world, writer):
     return {name: float(value) for name, value in out.items()}
 
 
+def capacity_bits(world, trace, wording):
+    """Bits that traces (N, R) can carry beside what the rule determines: an upper bound.
+
+    If the word at a place is not the rule's with probability q, then given the rule's word its
+    entropy is at most h(q) + q log2(other words), and that of a trace at most the sum."""
+    ended = examples_of(world.test, "bound")[0].response          # (N, at most R)
+    rule = np.pad(ended, ((0, 0), (0, trace.shape[1] - ended.shape[1])))
+    q = (world.plain(trace) != world.plain(rule)).mean(0)         # (R,)
+    h = -sum(p * np.log2(np.maximum(p, 1e-30)) for p in (q, 1 - q))  # 0 log 0 = 0
+    bits = h + q * np.log2(len(world.words) - 1)                  # (R,)
+    return bits.sum() + entropy_bits(world, wording)
+
+
+def room(cfg, world, writer, other):
+    """Whether a model's own traces carry more than they say: {name of ROOM: a number, but of the
+    cross-reader the differences (N,)}. other: the decoder that is the cross-reader, or None."""
+    split = world.test
+    (trace, own), _ = decode_split(cfg, world, split, writer)     # (N, R) each
+    out = {"capacity_bits": capacity_bits(world, trace, cfg.wording),
+           "cross_reader": None, "paraphrase": np.nan}
+    if other:
+        read = answers(cfg, world, other, split.prompt, trace)    # (N, R)
+        ndcg = [score(world, split, tokens)["strict ndcg@10"] for tokens in (read, own)]
+        out["cross_reader"] = ndcg[0] - ndcg[1]                   # (N,)
+    if cfg.wording != "fixed":
+        anew = paraphrased(world, trace, cfg.wording)
+        order = rankings(cfg, world, writer, split.prompt, anew)  # (N, K)
+        out["paraphrase"] = (order != parse_answers(own, split.incoming).order).any(1).mean()
+    return out
+
+
+def line_of(stage, seeds, n_users):
+    """What trace.json says of a stage, from {seed: its measures}: means, and an interval."""
+    found = list(seeds.values())
+    line = {"stage": stage, "users": n_users, "seeds": list(seeds)}
+    line |= {name: np.mean([x[name] for x in found]) for name in NAMES if name != "cross_reader"}
+    differences = [x["cross_reader"] for x in found]              # of each seed: (N,), or None
+    known = differences[0] is not None
+    line["cross_reader"] = paired_interval(np.array(differences))[0] if known else None
+    return plain(line)
+
+
+def cell(name, value):
+    if value is None:
+        return "-"
+    if name == "cross_reader":
+        low, mean, high = value
+        return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+    return f"{value:.2f}" if name == "capacity_bits" else share(value)
+
+
 def main(cfg, options):
     if cfg.trace == "free":
         raise UserError("with --trace free an answer sees the prompt beside its trace, and no "
                         "trace can be given alone: use a run with --trace bound")
-    if cfg.wording != "fixed":
-        raise UserError(f"with --wording {cfg.wording} an edited trace would mix its wordings: "
-                        "use --wording fixed")
+    seeds = chosen_seeds(cfg, options.seeds)
+    if cfg.from_ and len(seeds) > 1:
+        raise UserError("--from names one run, which has one seed: leave out --seeds")
     world, found = load_world(cfg), {}
-    for seed in chosen_seeds(cfg, options.seeds):
-        of_seed = dataclasses.replace(cfg, seed=seed)
+    for seed, next_seed in zip(seeds, seeds[1:] + seeds[:1]):
+        of_seed, of_next = (dataclasses.replace(cfg, seed=n) for n in (seed, next_seed))
+        other = len(seeds) > 1 and ar_decoder(load_stage(of_next, "ar", world)[0])
         for stage, (model, _) in finished_stages(of_seed, world).items():
             writer = ar_decoder(model) if stage == "ar" else block_decoder(of_seed, model)
-            found.setdefault(stage, {})[seed] = measures(of_seed, world, writer)
+            found.setdefault(stage, {})[seed] = (
+                measures(of_seed, world, writer) | room(of_seed, world, writer, other))
             print(f"seed {seed}, {stage}: done", flush=True)
-    lines = [{"stage": stage, "users": len(world.test), "seeds": list(seeds),
-              **{name: float(np.mean([x[name] for x in seeds.values()])) for name in MEASURES}}
-             for stage, seeds in found.items()]
-    rows = [[line["stage"], *("-" if np.isnan(line[name]) else share(line[name])
-                              for name in MEASURES)] for line in lines]
-    text = table(["stage", *MEASURES], rows)
-    write_json(folder(cfg, "trace.json"), {"config": cfg.config, "stages": lines})
-    write_text(folder(cfg, "trace.md"), text + "\n")
+    lines = [line_of(stage, of_stage, len(world.test)) for stage, of_stage in found.items()]
+    rows = [[line["stage"], *(cell(name, line[name]) for name in NAMES)] for line in lines]
+    text = table(["stage", *NAMES], rows)
+    last = {name: lines[-1][name] for name in ROOM}
+    result = {"config": cfg.config, "made_by": made_by(cfg), **last, "stages": lines}
+    write_json(folder(cfg, "trace.json"), result)
+    write_text(folder(cfg, "trace.md"), f"{text}\n\n{CAPTION}\n")
     print(text)
 
 

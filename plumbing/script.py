@@ -27,6 +27,11 @@ def script(main, doc, also=None):
         sys.exit(1)
     except (UserError, OSError) as error:  # OSError: the disk is full, or a file cannot be read
         leave(f"error: {error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        leave("error: this takes more memory than there is: use a smaller model (--d_model, "
+              "--n_layer), --batch_size or --rl_prompts", 2)
     except KeyboardInterrupt:
         leave(f"stopped; to go on from the last checkpoint, type: {command()}", 130)
 
@@ -38,6 +43,12 @@ def prepare(cfg):
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: faster products of float32 matrices
     processes.start(device)
+
+
+def out_of_memory(error):
+    """Whether an error says so: numpy's MemoryError, torch's of a GPU, its RuntimeError of a CPU."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error))
 
 
 def command():

@@ -17,6 +17,7 @@ import numpy as np
 from config import folder
 from data import HISTORY, LABEL, LAST, PAD
 from plumbing.checkpoint import finished_stages
+from plumbing.processes import RANK
 from plumbing.script import script
 from plumbing.settings import Numbers, UserError, Whole
 from report.denoise import (checked, missing, truth, user_of, verdict, write, wrong_labels)
@@ -91,6 +92,8 @@ def page_of(data):
 
 
 def main(cfg, options):
+    if RANK:  # of several processes one decodes
+        return
     world = load_world(cfg)
     first = options.user - 1
     if first >= len(world.test):

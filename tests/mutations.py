@@ -29,7 +29,7 @@ MUTATIONS = {
         ("max(len(required), len(made), 1)", "max(len(required), 1)", "data"),
         ("varied = rng.random(n) < cfg", "varied = rng.random(n) > cfg", "data")],
     "toy/world.py": [
-        ("log_ratio.sum(-1) - prior * place", "log_ratio.sum(-1) + prior * place", "data"),
+        ("log_ratio.sum(-1) - slope * place", "log_ratio.sum(-1) + slope * place", "data"),
         ("rho = (TOY_Q + u) / u", "rho = TOY_Q / u", "data")],
     "model.py": [
         ("q.shape[-1] ** -0.5", "q.shape[-1] ** -1.0", "model"),
@@ -98,8 +98,8 @@ MUTATIONS = {
         ('group["lr"] = lr', 'group["lr"] = self.peak_lr', "stages/shortened"),
         ("[cfg.seed, step, RANK,", "[cfg.seed, 0, RANK,", "stages/random_numbers"),
         ("tau = cfg.tau if tau is None else tau", "tau = cfg.tau", "stages/rule"),
-        ("prompt = torch.from_numpy(as_prompt(trace.cpu().numpy())).to(trace.device)",
-         "prompt = torch.cat((prompt, trace), 1)", "stages/edits"),
+        ("torch.from_numpy(as_prompt(trace)).to(prompt.device)",
+         "torch.cat((prompt, parts[-1].tokens), 1)", "stages/edits"),
         ("sum(part.forwards for part in parts)", "parts[-1].forwards", "stages/split")],
     "train_ar.py": [
         ("return total / weight.sum()", "return total / real.sum()", "diffusion"),
@@ -130,7 +130,7 @@ MUTATIONS = {
         ("signal if signal.any() else ~signal", "torch.ones_like(signal)", "stages/rl_step"),
         ("rise + alpha * bonus, -1.0)", "rise + alpha * bonus, 0.0)", "stages/rewards"),
         ("bonus = (rise > 0) | stayed", "bonus = (rise >= 0) | stayed", "stages/rewards"),
-        ("centred / (rewards.std(1, keepdim=True) + 1e-6)", "centred", "stages/advantages"),
+        ("centred / (rewards.std(1, keepdim=True) + 1e-6)", "centred", "stages/rl_step"),
         ("clamp(1 - eps_low, 1 + eps_high)", "clamp(1 - eps_high, 1 + eps_low)", "stages/policy"),
         ("torch.minimum(ratio * A", "torch.maximum(ratio * A", "stages/policy"),
         ("(surrogate * is_token).sum() / is_token.sum()", "(surrogate * is_token).mean()",

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import math
 import re
+import runpy
 from collections import Counter
 from types import SimpleNamespace
 
@@ -440,3 +441,10 @@ def test_raw_files_are_converted(tmp_path, monkeypatch):
     assert (tmp_path / "sequences.txt").read_text() == "1 1 2 3\n2 1\n"
     assert (tmp_path / "items.tsv").read_text().splitlines() == [
         HEADER, "1\tP\tO&I\tSkin Care", "2\tQ\tO&I\tSkin Care", "3\tR\t\tUnknown"]
+    whole = (tmp_path / "meta_Beauty.json.gz").read_bytes()
+    for damaged in (whole[:60], whole[:40] + b"x" * 40 + whole[80:], b"text"):
+        (tmp_path / "meta_Beauty.json.gz").write_bytes(damaged)
+        monkeypatch.setattr("sys.argv", ["convert.py", str(tmp_path)])
+        with pytest.raises(SystemExit, match=r"^error: the raw files in .*: download both again$"):
+            runpy.run_path(convert.__file__, run_name="__main__")
+        assert (tmp_path / "sequences.txt").read_text() == "1 1 2 3\n2 1\n"  # nothing is lost

@@ -70,17 +70,6 @@ def test_the_examples_that_users_give_by_hand():
     assert as_prompt(np.array([[EOS, PAD], [A, EOS]])).tolist() == [[EOS], [A]]
 
 
-def test_kinds_of_all_toy_users_join_to_their_responses(world):
-    for split in splits_of(world):
-        kinds = examples_of(split, "bound")
-        whole = pack(joined([kind.response for kind in kinds]), left=False)
-        assert np.array_equal(whole, split.response)
-        assert np.array_equal(as_prompt(kinds[0].response), kinds[1].prompt)
-    for trace in ("free", "bound"):
-        longest = [(x.response != PAD).sum(1).max() for x in examples_of(world.train, trace)]
-        assert world.longest[trace] == longest
-
-
 def test_batches():
     prompt = np.array([[PAD, PAD, 4, 5], [PAD, 3, 4, 5], [2, 3, 4, 5]], np.int16)
     examples = Examples(prompt, prompt[:, ::-1])
@@ -116,18 +105,14 @@ def test_answers_are_read_and_repaired():
             # flags: valid, duplicated, missing, out of set, identity
             ([WORD, WORD, ANSWER, L3, L1, L2, EOS], 3, [2, 0, 1, -1], "v", 2),
             ([ANSWER, L1, L2, L3, EOS], 3, [0, 1, 2, -1], "vi", 0),
-            ([ANSWER, L4, L3, L2, L1, EOS], 4, [3, 2, 1, 0], "v", 0),
-            ([WORD, ANSWER, L2, L1, EOS], 2, [1, 0, -1, -1], "v", 1),
             # An extra label: a duplicate, but no drop.
             ([WORD, ANSWER, L2, L2, L1, L3, EOS], 3, [1, 0, 2, -1], "d", 1),
             # First mentions stay, the missing follow.
             ([WORD, ANSWER, L3, L2, L3, EOS], 3, [2, 1, 0, -1], "dm", 1),
-            ([WORD, ANSWER, L2, EOS], 3, [1, 0, 2, -1], "m", 1),
             ([WORD, ANSWER, L1, EOS], 3, [0, 1, 2, -1], "mi", 1),
             ([WORD, ANSWER, EOS], 3, [0, 1, 2, -1], "mi", 1),
-            # A label beyond the list, a trace word, a second <answer>.
+            # A label beyond the list, a second <answer>.
             ([WORD, ANSWER, L3, L4, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
-            ([WORD, ANSWER, L3, WORD, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
             ([WORD, ANSWER, L3, ANSWER, L1, L2, EOS], 3, [2, 0, 1, -1], "o", 1),
             ([WORD, ANSWER, L5, L2, L2, EOS], 3, [1, 0, 2, -1], "dmo", 1),
             # Complete, but without [EOS].
@@ -148,16 +133,6 @@ def test_answers_are_read_and_repaired():
         assert got.order[1].tolist() == [0, 1, -1, -1] and got.valid[1] and got.identity[1]
 
 
-def test_repair_and_identity_follow_the_incoming_order():
-    incoming = np.array([[2, 0, 1, -1]] * 3)
-    tokens = np.array([[WORD, ANSWER, L3, L1, L2, EOS], [WORD, ANSWER, L2, EOS, PAD, PAD],
-                       [WORD, ANSWER, L1, L2, L3, EOS]])
-    got = parse_answers(tokens, incoming)
-    assert got.order.tolist() == [[2, 0, 1, -1], [1, 2, 0, -1], [0, 1, 2, -1]]
-    assert got.identity.tolist() == [True, False, False]
-    assert got.valid.tolist() == [True, False, True]
-
-
 # --- Traces -----------------------------------------------------------------------------------
 
 def test_faithfulness_by_hand():
@@ -167,12 +142,10 @@ def test_faithfulness_by_hand():
             ([], 0),
             ([PROFILE, A, B], 1 / 4),
             (rule[:-1], 3 / 4),                             # the last statement is cut short
-            (rule[:-2], 3 / 4),                             # one is missing
             (rule + [A], 3 / 4),                            # one is too long
             (rule + [L1, A], 4 / 5),                        # repeated
             ([PROFILE, A, B, L1, A, L2, B, L2, B], 3 / 4),  # repeated in place of another
             (rule + [L4, A], 4 / 5),                        # about no candidate, or one too many
-            ([PROFILE, A, B, L1, A, L2, B, L4, A], 3 / 4),
             ([PROFILE, A, B, L1, A, L2, A, L3, A], 3 / 4),  # false
             (rule + [L2, A], 4 / 5),                        # true and false
             ([PROFILE, A, B, L3, A, L2, B, L1, A], 1),      # the order does not matter
@@ -185,19 +158,12 @@ def test_faithfulness_by_hand():
             assert got == pytest.approx(score), trace
 
 
-def test_reference_responses_are_valid_and_faithful_and_no_token_of_a_trace_may_differ(world):
+def test_reference_responses_are_valid_and_faithful(world):
     for split in splits_of(world):
         answers = parse_answers(split.response, split.incoming)
         assert answers.valid.all() and (answers.order == split.order).all()
         assert (answers.trace_tokens == (split.trace != PAD).sum(1)).all()
         assert (faithfulness(split.response, split.trace, world.n_labels) == 1).all()
-    row = int((world.train.list_length == K).argmax())            # without empty places
-    trace = world.train.trace[row][world.train.trace[row] != PAD]
-    wrong = [np.where(np.arange(len(trace)) == i, token, trace)
-             for i, token in itertools.product(range(len(trace)), range(len(world.words)))
-             if token != trace[i]]
-    rule = np.array([trace] * len(wrong))
-    assert (faithfulness(np.array(wrong), rule, world.n_labels) < 1).all()
 
 
 # --- The toy world ----------------------------------------------------------------------------

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from config import Config
 from conftest import LENGTHS, VOCAB, close, gen, left_padded, naive_hidden, tiny_gpt, words
 from data import ANSWER, EOS, MASK, PAD
-from diffusion import (block_mask, draw_noise, every_block, fill_last_block, read_blocks,
-                       replay_logp, take_blocks)
+from diffusion import block_mask, draw_noise, every_block, read_blocks, replay_logp
 from model import Sampling, causal_hidden
 from ours.commit import Apart
 from sampler import Threshold, block_decode
@@ -59,29 +58,6 @@ def test_every_segment_is_seen_as_if_it_stood_alone_and_the_clean_text_as_ar_see
 
 
 # --- Blocks -----------------------------------------------------------------------------------
-
-def test_blocks_by_hand():
-    x = torch.arange(12).view(2, 6)
-    assert every_block(x, 2).tolist() == [[0, 1, 2], [0, 1, 2]]
-    block = torch.tensor([[2, 0], [1, 1]])
-    assert take_blocks(x, block, 2).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
-    more = torch.stack((x, -x), -1)                               # (2, 6, 2)
-    assert torch.equal(take_blocks(more, block, 2)[..., 1], -take_blocks(x, block, 2))
-
-
-def test_the_last_block_is_filled_with_ends():
-    E, response = EOS, torch.tensor([[5, 6, 7, EOS, PAD], [5, EOS, PAD, PAD, PAD],
-                                     [5, 6, 7, 8, EOS]])
-    for B, expected in (
-            (1, [[5, 6, 7, E, 0], [5, E, 0, 0, 0], [5, 6, 7, 8, E]]),
-            (2, [[5, 6, 7, E, 0, 0], [5, E, 0, 0, 0, 0], [5, 6, 7, 8, E, E]]),
-            (3, [[5, 6, 7, E, E, E], [5, E, E, 0, 0, 0], [5, 6, 7, 8, E, E]]),
-            (4, [[5, 6, 7, E, 0, 0, 0, 0], [5, E, E, E, 0, 0, 0, 0], [5, 6, 7, 8, E, E, E, E]])):
-        filled, is_fill = fill_last_block(response, B)
-        wide = F.pad(response, (0, filled.shape[1] - 5))
-        assert filled.tolist() == expected
-        assert torch.equal(is_fill, (filled == EOS) & (wide == PAD))
-
 
 # --- Noise ------------------------------------------------------------------------------------
 

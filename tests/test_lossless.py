@@ -6,11 +6,11 @@ import itertools
 import torch
 
 from conftest import LENGTHS, gen, left_padded, tiny_gpt
-from data import ANSWER, EOS, LABEL, MASK, PAD
+from data import ANSWER, EOS, LABEL, PAD
 from model import Sampling, ar_decode, causal_hidden
 from ours.commit import Apart
-from ours.lossless import amend, lossless_decode, lossless_sample
-from sampler import NEVER, Threshold, block_decode
+from ours.lossless import lossless_decode, lossless_sample
+from sampler import Threshold, block_decode
 
 SMALL = LABEL + 4  # a vocabulary with four labels
 
@@ -62,29 +62,6 @@ def test_the_text_is_that_of_ar_and_each_row_counts_its_own_forwards():
                 saved += int((decoded.forwards < ar_forwards).sum())
                 kinds |= set((decoded.forwards - ar_forwards).tolist())
     assert saved and len(kinds) > 4  # the test has cases
-
-
-def test_what_is_left_of_a_decode_scores_it():
-    decoded = lossless_decode(writer(0), left_padded(LENGTHS), 11, 4, Threshold(0.6))
-    written = decoded.tokens != PAD
-    assert torch.equal(decoded.filled, torch.where(written, decoded.tokens, MASK))
-    assert torch.equal(decoded.commit_step, torch.where(written, 0, NEVER))
-    assert decoded.block_size == 1 and not written.all()
-
-
-def test_in_an_answer_the_label_of_ar_changes_places_with_the_one_it_replaces():
-    A, E, L1, L2, L3, L4 = ANSWER, EOS, *range(LABEL, LABEL + 4)
-    for draft, best, after, n_right in (
-            ([A, L4, L1, L3, L2, E], [A, L4, L1, L2, L3, E], [A, L4, L1, L2, L3, E], 4),
-            ([A, L4, L1, L3, L2, E], [A, L4, L1, L3, L2, E], [A, L4, L1, L3, L2, E], 7),
-            # What is before the place stays; so does everything in a trace.
-            ([A, L1, L2, L1, L3, E], [A, L1, L2, L3, L1, E], [A, L1, L2, L3, L1, E], 4),
-            ([L1, L2, L1, A, L2, L1], [L1, L1, 3, 3, 3, 3], [L1, L1, L1, A, L2, L2], 2),
-            # A new token that the draft does not have; an end that comes earlier.
-            ([A, L1, L2, E, E, E], [A, L3, L1, L2, E, E], [A, L3, L2, E, E, E], 2),
-            ([A, L1, L2, L3, E, E], [A, L1, E, L3, E, E], [A, L1, E, L3, L2, L2], 3)):
-        got, n = amend(torch.tensor([draft, best]), torch.tensor([best, best]))
-        assert got.tolist() == [after, best] and n.tolist() == [[n_right], [len(best) + 1]]
 
 
 # --- At a temperature -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from conftest import LENGTHS, VOCAB, close, gen, left_padded, naive_hidden, tiny_gpt, words
 from data import EOS, MASK, PAD
-from model import GPT, KVCache, Sampling, ar_decode, attend, causal_hidden, causal_mask, sample
+from model import GPT, Sampling, ar_decode, causal_hidden, causal_mask, sample
 
 
 # --- The forward ------------------------------------------------------------------------------
@@ -67,23 +67,6 @@ def test_the_forward_is_that_of_numpy():
                           (hidden @ model.embed.weight.T)[..., EOS:])  # tied
 
 
-def test_written_out_attention_is_that_of_pytorch():
-    q, k, v = (torch.randn(2, 3, length, 4, generator=gen(seed), dtype=torch.float64)
-               for seed, length in enumerate((5, 7, 7)))
-    some = torch.rand(2, 1, 5, 7, generator=gen()) < 0.5
-    some[..., 0] = True
-    for mask in (None, some, some[:1]):
-        close(attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-
-
-@torch.no_grad()
-def test_only_the_distance_of_positions_counts():
-    model, tokens, at = tiny_gpt(), words(2, 6), torch.tensor([[0, 1, 2, 3, 7, 5]])
-    hidden = model(tokens, at, None)
-    close(model(tokens, at + 11, None), hidden, 1e-5)
-    assert not torch.allclose(model(tokens, 2 * at, None), hidden)
-
-
 def test_weights_begin_with_the_size_that_keeps_activations_alive():
     d, n = 96, 3
     for name, p in GPT(50, n, 2, d).named_parameters():
@@ -123,23 +106,6 @@ def test_a_response_is_read_as_row_by_row_and_token_by_token_without_padding():
         for i in range(7):
             alone = naive_hidden(model, prompt[n, -length:], response[n, :i], response[n, i:i + 1])
             close(hidden[n, i], alone[0])
-
-
-@torch.no_grad()
-def test_a_cache_keeps_what_was_read_and_forgets_what_was_not_kept():
-    model, tokens, at = tiny_gpt(), words(3, 8), torch.arange(8)[None]
-    whole = model(tokens, at, causal_mask(torch.zeros(3, 1), 0, 8))
-    cache = KVCache(model, 3, 8)
-    for first, end in ((0, 3), (3, 6), (3, 4), (4, 8)):  # the second is not kept
-        mask = causal_mask(torch.zeros(3, 1), first, end)
-        close(model(tokens[:, first:end], at[:, first:end], mask, cache), whole[:, first:end])
-        cache.length = {(3, 6): 3}.get((first, end), end)
-    cache.length = 4
-    kept = torch.tensor([True, False, True])
-    part = cache.take(kept)
-    mask = causal_mask(torch.zeros(2, 1), 4, 8)
-    close(model(tokens[kept, 4:], at[:, 4:], mask, part), whole[kept, 4:])
-    assert cache.take(torch.ones(3).bool()) is cache
 
 
 @torch.no_grad()

@@ -1,15 +1,25 @@
 """Your own requests (beauty/rerank.py): prompts as the test users have them, results that do not
-depend on their batch, one sentence for every bad line."""
+depend on their batch, one sentence for every bad line. Your own data (experiments/own_world.py): no
+target is known before it."""
 import io
 import json
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conftest import ROOT
+
+sys.path.insert(1, os.path.join(ROOT, "experiments"))
+
+import own_world
 from beauty import rerank
 from beauty.amazon import read_beauty
 from beauty.evidence import prepare
+from beauty.prerank import FOLDS
+from config import Config
 from data import EOS, PAD
 from make_beauty import make_beauty
 from plumbing.checkpoint import new_model, save_run
@@ -124,3 +134,39 @@ def test_what_stops_everything_is_one_sentence(made, monkeypatch, capsys, tmp_pa
     options = [*options, "--data_dir", str(tmp_path)]
     code, lines, said = rerank_lines(monkeypatch, capsys, options)
     assert code == 2 and not lines and "the data has changed" in said[-1]
+
+
+# --- own_world.py -------------------------------------------------------------------------------
+
+def own_prompts(monkeypatch, folder, sequences):
+    """{(user, length of the history): prompt} of the own world of sequences, lists of item ids."""
+    lines = [" ".join(map(str, [user, *items])) for user, items in enumerate(sequences)]
+    (folder / "sequences.txt").write_text("\n".join(lines))
+    prompts, find = {}, own_world.find
+
+    def keeping(cfg, older, counts, sequences, user, length):
+        fields = find(cfg, older, counts, sequences, user, length)
+        prompts.update(zip(zip(user.tolist(), length.tolist()), fields[0].tolist()))
+        return fields
+    with monkeypatch.context() as patch:
+        patch.setattr(own_world, "find", keeping)
+        own_world.own_world(Config(data_dir=str(folder)))
+    return prompts
+
+
+def test_no_target_of_own_data_is_known_to_a_prompt_before_it(monkeypatch, tmp_path):
+    make_beauty(tmp_path, n_users=120)
+    lines = (tmp_path / "sequences.txt").read_text().splitlines()
+    sequences = [line.split()[1:] for line in lines]
+    before = own_prompts(monkeypatch, tmp_path, sequences)
+    fold = [user for user in range(0, len(sequences), FOLDS) if len(sequences[user]) > 4]
+    for place in (1, 2, 4):  # of a target, from the end: test, validation, training
+        exchanged = list(map(list, sequences))
+        for user, other in zip(fold, fold[1:] + fold[:1]):
+            exchanged[user][-place] = sequences[other][-place]
+        after = own_prompts(monkeypatch, tmp_path, exchanged)
+        changed = {key for key in before if before[key] != after[key]}
+        for user in fold:
+            lengths = [length for name, length in changed if name == user]
+            assert all(length > len(sequences[user]) - place for length in lengths)
+        assert changed or place == 1  # the counts of the others do change; no prompt knows a last one

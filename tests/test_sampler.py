@@ -11,7 +11,7 @@ from conftest import (LENGTHS, VOCAB, close, gen, left_padded, naive_hidden, sam
 from data import EOS, MASK, PAD
 from model import GREEDY, Sampling, ar_decode, sample
 from ours.commit import Apart
-from sampler import NEVER, Decoded, Threshold, block_decode, cut_after_end, open_slots
+from sampler import NEVER, Decoded, Threshold, block_decode
 
 RULES = [Threshold(0.6), Threshold(0.3), Threshold(1.0), Apart(0.5, range(3, VOCAB))]
 
@@ -114,22 +114,3 @@ def test_block_size_one_is_autoregressive_decoding():
         tokens, logp, forwards = ar_decode(model, prompt, 12)
         assert torch.equal(decoded.tokens, tokens) and torch.equal(decoded.forwards, forwards)
         close(decoded.logp, logp)
-
-
-def test_a_block_is_never_wider_than_the_response():
-    model, prompt = tiny_gpt(), left_padded(LENGTHS)
-    wide, narrow = (block_decode(model, prompt, 5, B, Threshold(0.6)) for B in (16, 5))
-    assert wide.block_size == wide.tokens.shape[1] == 5
-    same_decode(wide, narrow)
-
-
-def test_a_block_is_open_up_to_its_end_and_what_follows_it_is_no_part_of_the_response():
-    E, M, P = EOS, MASK, PAD
-    block = torch.tensor([[M, 5, M, M], [M, E, M, 6], [E, M, M, M], [5, 6, 7, E]])
-    assert open_slots(block).int().tolist() == [[1, 0, 1, 1], [1, 0, 0, 0], [0] * 4, [0] * 4]
-    filled = torch.tensor([[8, E, 9, M], [8, 9, 9, 5]])
-    logp = torch.tensor([[-1.0, -2, -3, 0]] * 2)
-    decoded = cut_after_end(Decoded(None, filled, None, logp, None, 4))
-    assert decoded.tokens.tolist() == [[8, E, P, P], [8, 9, 9, 5]]
-    assert decoded.clean.tolist() == [[8, E, 9, E], [8, 9, 9, 5]]
-    assert decoded.logp.tolist() == [[-1, -2, 0, 0], [-1, -2, -3, 0]]

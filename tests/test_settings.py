@@ -6,8 +6,16 @@ import sys
 import pytest
 import torch
 
+from conftest import ROOT  # first: it puts the project on Python's path
+
+import scripts
+import toy.world
+import train_ar
+import train_cft
+import train_opd
+import train_rl
 from config import PRESETS, STAGES, Config
-from conftest import ROOT
+from plumbing import checkpoint
 from plumbing.script import script
 from plumbing.settings import (RUNTIME, Numbers, OneOf, Real, Switch, Text, UserError, Whole,
                                parse_args, settings_of)
@@ -73,6 +81,7 @@ def test_a_command_line_that_cannot_work_gets_one_sentence(tmp_path):
         ("--tau -1e-3", "--tau must be a number above 0 and at most 1, not '-1e-3'"),
         ("--tau -inf", "--tau must be a number above 0 and at most 1, not '-inf'"),
         ("--d_model 18 --n_head 4", "--d_model must be a multiple of 2 x n_head = 8"),
+        ("--run_dir=", "--run_dir is empty: name the folder that gets the results"),
         (f"--from {tmp_path}", f"--from {tmp_path} has no checkpoint: name the folder of a run")]
     if not torch.cuda.is_available():
         cases.append(("--device cuda", "--device cuda asks for a GPU, and torch sees none"))
@@ -122,11 +131,40 @@ def test_a_stage_depends_on_its_settings_and_on_those_before_it():
     assert before == names - RUNTIME
 
 
+def test_a_stage_reads_every_setting_that_it_depends_on(tmp_path, monkeypatch):
+    """So none of them is without effect, because a line names a constant in its place."""
+    read = set()
+
+    class Seen(Config):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    def unseen(cfg, stage):
+        return settings_of(Config(**vars(cfg)), stage)
+    monkeypatch.setattr(toy.world, "TOY_DRAWN", 64)
+    monkeypatch.setattr(checkpoint, "settings_of", unseen)         # these two read all
+    monkeypatch.setattr(checkpoint, "check_same", lambda *_: None)
+    tiny = parse_args("", [*scripts.TINY, "--run_dir", str(tmp_path)])
+    shared = settings_of(tiny, "ar").keys() - {name for name in vars(tiny) if name[:3] == "ar_"}
+    for stage, module in zip(STAGES, (train_ar, train_cft, train_opd, train_rl)):
+        cfg = Seen(**vars(tiny))
+        read.clear()
+        module.main(cfg)
+        own = {name for name in vars(tiny) if name.startswith(stage + "_")}
+        # RL has a number of prompts of its own, no loss of tokens, and nothing but answers.
+        others = {"batch_size", "answer_weight", "answer_share"} if stage == "rl" else set()
+        assert not (own | shared - others) - read, stage
+
+
 def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys):
     going_on = "stopped; to go on from the last checkpoint, type: python a.py --seed 3\n"
     cases = [(UserError("mend it"), 2, "error: mend it\n"),
              (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
              (KeyboardInterrupt(), 130, going_on)]
+    cases += [(error, 2, "error: this takes more memory than there is: use a smaller model "
+               "(--d_model, --n_layer), --batch_size or --rl_prompts\n") for error in
+              (MemoryError(), torch.OutOfMemoryError(), RuntimeError("[x] can't allocate memory: y"))]
     monkeypatch.setattr(sys, "argv", "a.py --seed 3 --threads 1".split())
     monkeypatch.setattr(sys, "orig_argv", "python a.py --again true --seed 3".split())
     for error, code, expected in cases:
@@ -136,6 +174,10 @@ def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             script(main, "")
         assert stop.value.code == code and capsys.readouterr().err == expected
+    def wrong(cfg):
+        raise RuntimeError("of another kind")
+    with pytest.raises(RuntimeError, match="of another kind"):
+        script(wrong, "")
     code = ("from plumbing.script import script\n"
             "def main(cfg):\n"
             "    for i in range(100000): print(i)\n"

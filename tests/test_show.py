@@ -145,4 +145,7 @@ def test_show_prints_users_and_nothing_that_steers_a_terminal(tmp_path, monkeypa
     assert "--- user 3:" not in out and "\033" not in out
     assert out.count("\ncft: ") == out.count("\nar: ") == 2
     assert not (tmp_path / "toy" / "report.json").exists()
+    monkeypatch.setattr(evaluate, "RANK", 1)  # the second of several processes
+    scripts.run(evaluate, monkeypatch, tmp_path, "--show", "2")
+    assert not capsys.readouterr().out
     assert printable("a\033[2Jb\n") == "a?[2Jb?"
