@@ -49,7 +49,9 @@ def save_figure(path, figure):
 
 
 def tradeoff_figure(report):
-    """Valid answers and strict N@10 against forwards, a point for each tau; AR is one point."""
+    """Valid answers and strict N@10 against forwards, a point for each tau.
+
+    AR is a point on the left alone: the curves are of the first users, and AR's N@10 of all."""
     ar = next(row for row in mean_rows(report) if row["stage"] == "ar")
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4))
 
@@ -65,8 +67,12 @@ def tradeoff_figure(report):
             points = sorted((row["forwards"], value(row)) for row in rows)
             if points:
                 axes.plot(*zip(*points), "o-", color=COLOURS[stage], label=stage, ms=4)
-        axes.plot(ar["forwards"], value(ar), "s", color=COLOURS["ar"], label="ar")
+        if axes is left:
+            axes.plot(ar["forwards"], value(ar), "s", color=COLOURS["ar"], label="ar")
         axes.set(xlabel="forwards a response", ylabel=name, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=7)
         axes.legend(fontsize=8)
     left.set_ylim(-3, 103)
     figure.suptitle(f"{report['dataset']}: quality against forwards, one point for each tau")
