@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import EOS, LABEL, MASK, after_first, examples_of, joined
+from data import EOS, LABEL, MASK, after_first, examples_of, joined, tensors
 from evaluate import score
 from ours.commit import Apart
 from plumbing.checkpoint import device_of, load_stage, made_by
@@ -192,9 +192,9 @@ def by_rule(cfg, world, split, model, rule):
 def at_once(cfg, world, split, model, temperature):
     """The point of answers to the reference traces, each written in one forward."""
     device, max_len = device_of(cfg), world.longest[cfg.trace][-1]
-    prompt = torch.from_numpy(examples_of(split, cfg.trace)[-1].prompt).long()  # (N, P)
+    prompt, _ = tensors(examples_of(split, cfg.trace)[-1], range(len(split)), device)  # (N, P)
     sampling = sampling_on(device, temperature, rng_for(cfg, "at once", 0))
-    done = block_decode(model, prompt.to(device), max_len, max_len, Number(max_len), sampling)
+    done = block_decode(model, prompt, max_len, max_len, Number(max_len), sampling)
     return point(world, split, done.tokens.cpu().numpy(), done.forwards.cpu().numpy())
 
 
@@ -202,18 +202,21 @@ def measured(cfg, options):
     """The entries of a config, a dict for each rule."""
     world, seeds, points = load_world(cfg), chosen_seeds(cfg, options.seeds), {}
     split = world.test.take(slice(0, options.users))
-    dials = {"at once": (0.0, 1.0)}
+    rules, temperatures = rules_of(cfg), (0.0, 1.0)
     for seed in seeds:
         of_seed = dataclasses.replace(cfg, seed=seed)
         asked = of_seed, world, split, load_stage(of_seed, "cft", world)[0]
-        for name, rules in rules_of(cfg).items():
-            dials[name] = [dataclasses.astuple(rule)[0] for rule in rules]
-            points.setdefault(name, []).append([by_rule(*asked, rule) for rule in rules])
+        for name, found in rules.items():
+            points.setdefault(name, []).append([by_rule(*asked, rule) for rule in found])
             print(f"seed {seed}, {name}: done", flush=True)
-        points.setdefault("at once", []).append([at_once(*asked, x) for x in dials["at once"]])
+        points.setdefault("at once", []).append([at_once(*asked, x) for x in temperatures])
+    # The dial of a rule is its first field.
+    dials = {name: [next(iter(vars(rule).values())) for rule in found]
+             for name, found in rules.items()}
+    dials["at once"], made = temperatures, made_by(cfg)
     return [{"config": cfg.config, "rule": name, "seeds": seeds, "users": len(split),
-             "dial": dials[name], "points": np.mean(of_seeds, axis=0).tolist(),
-             "made_by": made_by(cfg)} for name, of_seeds in points.items()]
+             "dial": dials[name], "points": np.mean(of_seeds, axis=0).tolist(), "made_by": made}
+            for name, of_seeds in points.items()]
 
 
 def drawn(entries):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from plumbing.checkpoint import checksum, made_by, save_atomically
 from plumbing.settings import UserError
+from report.figures import pyplot
+from report.intervals import interval_text
 from report.table import write_json, write_text
 
 
@@ -46,10 +48,10 @@ def students_table(students):
 
 def claims_table(claims):
     def interval(found, as_text):
-        low, mean, high = found["interval"]
-        if low is None:
-            return f"{as_text(mean)} (only {found['users that differ']} users differ)"
-        return f"{as_text(mean)} [{as_text(low)}, {as_text(high)}]"
+        text = interval_text(found["interval"], as_text)
+        if found["interval"][0] is None:
+            return f"{text} (only {found['users that differ']} users differ)"
+        return text
 
     rows = [[f"{claim['student']} − {claim['control']}", ", ".join(map(str, claim["seeds"])),
              interval(claim["strict ndcg@10"], lambda x: f"{x:+.4f}"),
@@ -97,9 +99,7 @@ def page_of(result, picture):
 
 def draw_curves(students, path):
     """Forwards against N@10 and against valid answers, on the validation users."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for name, student in students.items():
         _, forwards, valid, ndcg = zip(*mean_curve(student))

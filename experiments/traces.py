@@ -43,11 +43,12 @@ import torch
 
 from config import folder
 from data import LABEL, examples_of, parse_answers
-from evaluate import paired_interval, score
+from evaluate import score
 from ours.wording import drawn, entropy_bits
 from plumbing.checkpoint import device_of, finished_stages, load_stage, made_by
 from plumbing.script import script
 from plumbing.settings import Text, UserError
+from report.intervals import interval_text, paired_interval
 from report.table import chosen_seeds, plain, write_json, write_text
 from tables import share, table
 from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES, toy_oracle, toy_words,
@@ -217,8 +218,7 @@ def cell(name, value):
     if value is None:
         return "-"
     if name == "cross_reader":
-        low, mean, high = value
-        return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+        return interval_text(value)
     return f"{value:.2f}" if name == "capacity_bits" else share(value)
 
 

@@ -6,6 +6,15 @@ import numpy as np
 MUST_DIFFER = 50  # where fewer users differ, an interval would be too narrow
 
 
+def interval_text(interval, as_text="{:+.4f}".format):
+    """[low, mean, high] as a table has it: "+0.0016 [+0.0001, +0.0033]"; without low and high the
+    mean alone. as_text: a number -> its text."""
+    low, mean, high = interval
+    if low is None:
+        return as_text(mean)
+    return f"{as_text(mean)} [{as_text(low)}, {as_text(high)}]"
+
+
 @functools.lru_cache(maxsize=2)  # all comparisons of n users use the same draws, which cost most
 def resampled(n, n_draws=2000):
     """How often each of n users is in each bootstrap sample of n users: (n_draws, n)."""

@@ -16,6 +16,7 @@ import torch
 from config import folder
 from plumbing.checkpoint import CODE, device_of, made_by, save_atomically
 from plumbing.settings import UserError
+from report.intervals import interval_text
 
 COMPARED = ("prerank", "ar", "cft", "opd", "own ar")  # rows that the others are compared with
 COMPARISONS = {  # what is compared: its name in report.json, its name in the scores
@@ -287,11 +288,10 @@ def cell(row, keys, form):
         return NOTHING
     if not isinstance(value, list):
         return format(value, form)
-    low, middle, high = value
-    if low is None:
+    if value[0] is None:
         differ = value_at(row, keys.replace("diff_to", "differ_from"))
-        return f"{middle:+.4f} ({differ} differ)"
-    return f"{middle:+.4f} [{low:+.4f}, {high:+.4f}]"
+        return f"{interval_text(value)} ({differ} differ)"
+    return interval_text(value)
 
 
 def table(columns, rows):

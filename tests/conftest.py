@@ -6,7 +6,7 @@ import sys
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "experiments")]
 torch.set_num_threads(1)
 
 from data import EOS, PAD  # noqa: E402

@@ -57,8 +57,6 @@ def test_every_segment_is_seen_as_if_it_stood_alone_and_the_clean_text_as_ar_see
             close(hidden[n, m], naive_hidden(model, prompt[n, -LENGTHS[n]:], before, noised[n, m]))
 
 
-# --- Blocks -----------------------------------------------------------------------------------
-
 # --- Noise ------------------------------------------------------------------------------------
 
 def test_one_t_a_segment_one_in_every_stratum_dealt_out_at_random():

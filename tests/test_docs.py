@@ -185,6 +185,16 @@ def test_links_and_paths_lead_somewhere(page):
         assert (ROOT / path).exists(), f"{page}: there is no {path}"
 
 
+def test_every_page_can_be_reached_from_the_readme():
+    seen, todo = set(), ["README.md"]
+    while todo:
+        page = todo.pop()
+        seen.add(page)
+        todo += {linked(page, target.split("#")[0]) for target in LINK.findall(read(page))
+                 } & set(PAGES) - seen
+    assert seen == set(PAGES)
+
+
 @pytest.mark.parametrize("page", [*PAGES, *RESULTS])
 def test_a_page_speaks_of_nothing_that_its_reader_cannot_see(page):
     assert not re.findall(r"(?i)(?<!\w)/(?:work|tmp|root|home)\b|\bsessions?\b", read(page))

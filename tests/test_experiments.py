@@ -15,29 +15,27 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT  # first: it puts the code on Python's path
 
-sys.path.insert(1, os.path.join(ROOT, "experiments"))
-
-import compare  # noqa: E402
-import evaluate  # noqa: E402
-import export  # noqa: E402
-import own_world  # noqa: E402
-import train_ar  # noqa: E402
-import train_cft  # noqa: E402
-import train_opd  # noqa: E402
-import tables  # noqa: E402
-import toy.world  # noqa: E402
-import traces  # noqa: E402
-import trainer  # noqa: E402
-from config import Config  # noqa: E402
-from data import EOS, MASK, NONE, faithfulness, joined, parse_answers, responses  # noqa: E402
-from entries import ENTRIES, Entry, against, student  # noqa: E402
-from ours.wording import consistency, reword  # noqa: E402
-from plumbing.checkpoint import checksum, load_stage, load_tensors  # noqa: E402
-from plumbing.script import script  # noqa: E402
-from plumbing.settings import UserError, parse_args  # noqa: E402
-from scripts import checkpoint, refused, run  # noqa: E402
+import compare
+import evaluate
+import export
+import own_world
+import train_ar
+import train_cft
+import train_opd
+import tables
+import toy.world
+import traces
+import trainer
+from config import Config
+from data import EOS, MASK, NONE, faithfulness, joined, parse_answers, responses
+from entries import ENTRIES, Entry, against, student
+from ours.wording import consistency, reword
+from plumbing.checkpoint import checksum, load_stage, load_tensors, save_tensors
+from plumbing.script import script
+from plumbing.settings import UserError, parse_args
+from scripts import checkpoint, refused, run
 
 TINY = dict(d_model=16, n_head=2, n_layer=1, n_train=64, n_val=8, n_test=60, batch_size=4,
             n_candidates=4, ar_steps=2, cft_steps=2, opd_steps=2, rl_steps=1, rl_prompts=2,
@@ -180,6 +178,28 @@ def test_other_settings_never_meet_old_figures(compared, tmp_path):
     fewer, trained = compared("--n_test", "50")                     # other users: decoded anew
     assert not trained and fewer["users"] == 50
     assert fewer["students"]["CFT"]["folder"] == first["students"]["CFT"]["folder"]
+
+
+def test_a_damaged_file_is_made_again(compared, runs, capsys):
+    first, _ = compared()
+    for path in runs.glob("compare/cft-*/toy/seed0/decoded/*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    assert compared() == (first, [])
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_a_student_of_other_weights_is_refused(compared, tmp_path, capsys):
+    entry = dataclasses.replace(ENTRY, students={n: ENTRY.students[n] for n in ("AR", "CFT")})
+    place = tmp_path / "runs"
+    result, _ = compared(entry=entry, run_dir=place)
+    path = os.path.join(result["students"]["AR"]["folder"], "toy", "seed0", "ar", "checkpoint.pt")
+    state = {k: v for k, v in load_tensors(path).items()}
+    state["model"]["embed.weight"] += 1
+    save_tensors(path, state)
+    assert "was begun from other weights" in fails(capsys, compared, entry=entry, run_dir=place)
+    _, trained = compared("--again", "true", entry=entry, run_dir=place)
+    assert len(trained) == 2
 
 
 def test_some_seeds_or_students_keep_the_others(compared, tmp_path, capsys):

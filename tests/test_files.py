@@ -95,7 +95,8 @@ def test_a_damaged_or_foreign_file_is_refused_and_never_run(tmp_path, monkeypatc
         contents.append((tmp_path / "foreign.pt").read_bytes())
     for content in contents:
         (tmp_path / "y.pt").write_bytes(content)
-        assert "y.pt is damaged, or no file of this version" in refusal(ck.load_tensors, "y.pt")
+        assert "y.pt is damaged, or no file of this version of the project" in refusal(
+            ck.load_tensors, "y.pt")
     assert not os.path.exists("evil")
 
 
@@ -106,15 +107,26 @@ def test_checksums_tell_contents_apart():
     assert len({ck.checksum(content) for content in different}) == len(different)
 
 
-def test_a_lock_keeps_other_runs_out(tmp_path):
-    path = str(tmp_path / "a" / "checkpoint.pt")
+def test_a_lock_keeps_other_runs_out_and_other_failures_are_told(tmp_path, monkeypatch):
+    path, held = str(tmp_path / "a" / "checkpoint.pt"), "another run is writing to"
 
     def enter():
         with ck.locked(path):
             pass
     with ck.locked(path):
-        assert "another run is writing to" in refusal(enter)
+        assert held in refusal(enter)
     enter()
+    for number, expected in ((errno.EACCES, held), (errno.EAGAIN, held),
+                             (errno.ENOLCK, f"cannot lock {tmp_path / 'a' / 'lock'}: No locks")):
+        def locking(*args):
+            raise OSError(number, os.strerror(number))
+        with monkeypatch.context() as patch:
+            patch.setattr(ck.fcntl, "flock", locking)
+            assert refusal(enter).startswith(expected)
+        with monkeypatch.context() as patch:  # as on Windows
+            patch.setattr(ck, "fcntl", None)
+            patch.setattr(ck, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking), raising=False)
+            assert refusal(enter).startswith(expected)
 
 
 def test_a_log_is_cut_to_the_steps_that_were_saved(tmp_path):
@@ -177,6 +189,18 @@ def test_a_run_goes_on_only_as_it_began(tmp_path):
     train(cfg, "cft")
 
 
+def test_again_trains_anew_and_keeps_the_old_file_until_it_saves(tmp_path):
+    cfg = replace(TINY, run_dir=str(tmp_path))
+    again = replace(cfg, again=True, ar_lr=0.5)
+    old = train(cfg, "ar")
+    model = ck.new_model(again, WORLD)
+    assert ck.resume(again, "ar", model, [], WORLD, "") == (0, 0.0, False)
+    assert same(ck.load_stage(cfg, "ar", WORLD)[0].state_dict(), old)
+    new = train(again, "ar", 5, 5)
+    assert not same(old, new)
+    assert same(ck.load_stage(again, "ar", WORLD)[0].state_dict(), new)
+
+
 def found(cfg, stage):
     """The path of the finished checkpoint that a run uses, "" if there is none."""
     state = ck.finished(cfg, stage)
@@ -208,7 +232,9 @@ def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
                    n_head=2, d_model=16)  # with which its tokens would mean something else
     for name, value in changes.items():
         assert f"({name}={getattr(there, name)} there, {value} now): use the same" in refusal(
-            begin, replace(of_run, **{name: value}), "opd")
+            begin, replace(of_run, run_dir=str(tmp_path / "third"), **{name: value}), "opd")
+    for world in (tiny_world(words=list("abcdeg")), tiny_world(checksum="new")):
+        assert "the data has changed since" in refusal(ck.start_from, of_teacher, world, "cft")
 
 
 def test_a_checkpoint_tells_once_that_the_code_has_changed(tmp_path, monkeypatch, capsys):

@@ -3,16 +3,10 @@ depend on their batch, one sentence for every bad line. Your own data (experimen
 target is known before it."""
 import io
 import json
-import os
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-from conftest import ROOT
-
-sys.path.insert(1, os.path.join(ROOT, "experiments"))
 
 import own_world
 from beauty import rerank
@@ -169,4 +163,5 @@ def test_no_target_of_own_data_is_known_to_a_prompt_before_it(monkeypatch, tmp_p
         for user in fold:
             lengths = [length for name, length in changed if name == user]
             assert all(length > len(sequences[user]) - place for length in lengths)
-        assert changed or place == 1  # the counts of the others do change; no prompt knows a last one
+        # The counts of the others do change; no prompt knows a last item.
+        assert changed or place == 1

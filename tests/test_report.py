@@ -16,8 +16,8 @@ from data import PAD
 from plumbing import checkpoint as ck
 from plumbing.checkpoint import new_model, save_run
 from plumbing.settings import parse_args
-from report import html, speed
-from report.table import markdown, plain
+from report import figures, html, speed
+from report.table import cell, markdown, plain, table
 from sampler import Decoded
 from trainer import Run, load_world
 
@@ -134,6 +134,32 @@ def test_a_student_without_an_ar_loss_has_no_ar_decoder():
     assert evaluate.models_of(stages)["lossless"] == "C"
 
 
+def test_a_figure_that_fails_costs_one_line(evaluated, monkeypatch, capsys):
+    def fail(report):
+        raise ValueError("no colour")
+    monkeypatch.setattr(figures, "tradeoff_figure", fail)
+    cfg = parse_args("", [*scripts.TINY, "--run_dir", str(evaluated.parent)])
+    figures.draw_figures(cfg, report_of(evaluated))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "tradeoff.png" in error and "no colour" in error
+
+
+def test_cells_of_a_table():
+    row = {"stage": "a|b", "x": {"y": 0.12345}, "none": None,
+           "diff_to_ar": {"m": [0.1, 0.2, 0.3], "n": [None, -0.5, None]},
+           "differ_from_ar": {"m": 70, "n": 7}}
+    cases = [
+        ("x y", ".1%", "12.3%"),
+        ("x z", "", "–"),
+        ("none deeper", "", "–"),
+        ("diff_to_ar m", "", "+0.2000 [+0.1000, +0.3000]"),
+        ("diff_to_ar n", "", "-0.5000 (7 differ)")]
+    for keys, form, wanted in cases:
+        assert cell(row, keys, form) == wanted, keys
+    assert cell({**row, "stage": "ar"}, "diff_to_ar m", "") == "–"
+    assert table([("s", "stage", "")], [row]) == "| s |\n| --- |\n| a\\|b |"
+
+
 def test_json_is_strict():
     content = {"a": [math.nan, np.float32(1), np.int64(2), 1 / 3], "rows": [{"x": math.inf}, {}]}
     assert plain(content) == {"a": [None, 1, 2, 0.333333], "rows": [{"x": None}, {}]}
@@ -224,6 +250,11 @@ def test_words_of_the_data_stay_data():
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                None)
+
+
+def test_a_user_who_is_not_there_is_refused(made, monkeypatch, capsys):
+    message = scripts.refused(html, monkeypatch, capsys, made, "--user", "17")
+    assert "there are 16 test users" in message
 
 
 @pytest.mark.skipif(not BROWSER, reason="there is no chromium to look at the page with")

@@ -1,22 +1,18 @@
 """experiments/rules.py: every rule against loops, what all rules keep, the file that is written."""
 import json
 import math
-import os
-import sys
 
 import torch
 import torch.nn.functional as F
 
-from conftest import LENGTHS, ROOT, gen, left_padded, same_decode, tiny_gpt
+from conftest import LENGTHS, gen, left_padded, same_decode, tiny_gpt
 
-sys.path.insert(1, os.path.join(ROOT, "experiments"))
-
-import rules  # noqa: E402
-import train_ar  # noqa: E402
-import train_cft  # noqa: E402
-from config import Config  # noqa: E402
-from sampler import NEVER, block_decode  # noqa: E402
-from scripts import refused, run  # noqa: E402
+import rules
+import train_ar
+import train_cft
+from config import Config
+from sampler import NEVER, block_decode
+from scripts import refused, run
 
 N, B, V = 100, 6, 12
 

@@ -162,9 +162,10 @@ def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys):
     cases = [(UserError("mend it"), 2, "error: mend it\n"),
              (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
              (KeyboardInterrupt(), 130, going_on)]
-    cases += [(error, 2, "error: this takes more memory than there is: use a smaller model "
-               "(--d_model, --n_layer), --batch_size or --rl_prompts\n") for error in
-              (MemoryError(), torch.OutOfMemoryError(), RuntimeError("[x] can't allocate memory: y"))]
+    too_large = ("error: this takes more memory than there is: use a smaller model (--d_model, "
+                 "--n_layer), --batch_size or --rl_prompts\n")
+    cases += [(error, 2, too_large) for error in (
+        MemoryError(), torch.OutOfMemoryError(), RuntimeError("[x] can't allocate memory: y"))]
     monkeypatch.setattr(sys, "argv", "a.py --seed 3 --threads 1".split())
     monkeypatch.setattr(sys, "orig_argv", "python a.py --again true --seed 3".split())
     for error, code, expected in cases:
@@ -174,6 +175,7 @@ def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             script(main, "")
         assert stop.value.code == code and capsys.readouterr().err == expected
+
     def wrong(cfg):
         raise RuntimeError("of another kind")
     with pytest.raises(RuntimeError, match="of another kind"):
