@@ -29,9 +29,9 @@ def beauty_world(cfg):
     sequences, items, n_skipped, _ = read_beauty(cfg.data_dir)
     check_size(sequences, len(items))
     # Two sums of what was read: a checkpoint has that of the content, world.pt that of everything
-    # it depends on, the code of this folder included.
+    # it depends on, its code included.
     content = checksum(VERSION, items, [torch.from_numpy(own) for own in sequences])
-    code = code_of("beauty/*.py")
+    code = code_of("beauty/*.py", "data.py")
     key = checksum(content, code, n_skipped, cfg.world, cfg.n_candidates, cfg.n_labels, cfg.min_list,
                    cfg.vary_lists, cfg.n_train, cfg.n_val, cfg.n_test)
     path = folder(cfg, "world.pt")

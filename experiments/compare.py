@@ -340,6 +340,9 @@ def main(cfg, options):
     if not entry:
         raise UserError(f"there is no entry {options.entry!r}: the first word must be one of "
                         f"{', '.join(ENTRIES)}")
+    if cfg.from_ or cfg.seed:
+        raise UserError("leave out --from and --seed: every student of an entry says whom it goes "
+                        "on from, and --seeds names the seeds")
     asked = chosen_seeds(cfg, options.seeds)
     names = with_starts(entry, options.students)
     train_all([make_job(cfg, entry, name, seed) for name in names for seed in asked],

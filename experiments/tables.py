@@ -117,7 +117,10 @@ def draw_curves(students, path):
 def check_nothing_lost(path, students):
     """Refuses to write over figures of the same settings that are not here, because another
     machine has trained them, or their weights are gone."""
-    old = json.loads(Path(path).read_text("utf-8"))["students"] if os.path.exists(path) else {}
+    try:
+        old = json.loads(Path(path).read_text("utf-8"))["students"] if os.path.exists(path) else {}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: move it away, or write elsewhere with --into")
     for name, there in old.items():
         here = students.get(name, {"key": there["key"], "seeds": {}})
         lost = ", ".join(sorted(there["seeds"].keys() - here["seeds"].keys()))

@@ -45,7 +45,7 @@ def save_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}): free some space or "
-                        "choose another --run_dir")
+                        "choose another place")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -131,7 +131,8 @@ def load_tensors(path):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             if saved.pop("checksum") == checksum(saved):
                 if saved.get("finished"):
-                    code = code_needed(saved["stage"], saved["code"])
+                    world = saved["settings"]["world"]
+                    code = code_needed(saved["stage"], world, saved["code"])
                     TRAINED_BY.setdefault(saved["stage"], set()).add(short(code))
                 return saved
             why = "its checksum differs"
@@ -233,7 +234,7 @@ def check_same(cfg, stage, world, state):
         mend = "another --run_dir, or train it anew with --again true" if own else "another --from"
         raise UserError(f"{path} was made with other settings or data ({'; '.join(differ[:4])}): "
                         f"use the same, or {mend}")
-    changed = changed_code(stage, state.get("code", {}))
+    changed = changed_code(stage, cfg.world, state.get("code", {}))
     if changed:
         have = "has" if len(changed) == 1 else "have"
         names = ", ".join(changed[:6] + ["..."] * (len(changed) > 6))
@@ -279,7 +280,7 @@ def commit_of(*patterns):
 
 # The code that what a stage learns may depend on, as the program starts: it does not see what is
 # edited while it runs.
-LESSON = ("*.py", "toy/*.py", "ours/*.py")
+LESSON = ("*.py", "toy/*.py", "ours/*.py", "beauty/*.py")
 CODE, COMMIT = code_of(*LESSON), commit_of(*LESSON)
 TRAINED_BY = {}  # {stage: {code}} of the finished checkpoints that were read so far, see made_by
 
@@ -289,17 +290,20 @@ def short(code):
     return checksum(code)[:12]
 
 
-def code_needed(stage, code):
-    """Returns the part of {file: short checksum} that the weights of a stage may depend on."""
+def code_needed(stage, world, code):
+    """Returns the part of {file: short checksum} that the weights of a stage may depend on. world:
+    the setting of that name."""
     later = STAGES[STAGES.index(stage) + 1:]
     unused = {f"train_{name}.py" for name in later}
     unused |= {"evaluate.py", "config.py", "ours/lossless.py"}  # settings are compared themselves
+    if not world.startswith("beauty"):
+        unused |= {name for name in code if name.startswith("beauty/")}
     return {name: there for name, there in code.items() if name not in unused}
 
 
-def changed_code(stage, there):
+def changed_code(stage, world, there):
     """Returns the names of the files that have changed since a checkpoint of a stage was made."""
-    here, there = code_needed(stage, CODE), code_needed(stage, there)
+    here, there = code_needed(stage, world, CODE), code_needed(stage, world, there)
     return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
 
 

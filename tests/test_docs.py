@@ -326,9 +326,11 @@ def doubts(made):
     """Why a results file that was made so may differ from what this code measures: [words]."""
     if not made:
         return ["does not say what made it"]
+    preset = Config(**{"config": made["config"], **PRESETS[made["config"]]})
+    world = made["settings"].get("world", preset.world)
     found = [f"has weights of {stage} that other code trained"
              for stage, codes in made["weights"].items()
-             if codes != [ck.short(ck.code_needed(stage, ck.CODE))]]
+             if codes != [ck.short(ck.code_needed(stage, world, ck.CODE))]]
     found += ["was evaluated by other code"] * (made["code"] != ck.short(ck.CODE))
     in_git = re.fullmatch("[0-9a-f]{12,}", made["commit"])
     return found if in_git else [*found, f"is of the commit {made['commit']}"]
@@ -346,7 +348,7 @@ def test_results_are_of_this_code():
 
 
 def test_results_of_other_code_are_found(monkeypatch):
-    monkeypatch.setattr(ck, "TRAINED_BY", {"ar": {ck.short(ck.code_needed("ar", ck.CODE))}})
+    monkeypatch.setattr(ck, "TRAINED_BY", {"ar": {ck.short(ck.code_needed("ar", "toy", ck.CODE))}})
     monkeypatch.setattr(ck, "COMMIT", "0123456789ab")
     made = ck.made_by(Config())
     assert doubts(made) == [] and len(doubts(None)) == 1

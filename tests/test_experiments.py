@@ -175,6 +175,9 @@ def test_other_settings_never_meet_old_figures(compared, tmp_path):
     assert other["students"].keys() == {"AR", "CFT", "rule"}        # which takes no training
     assert json.loads((tmp_path / "tiny.json").read_text()) == first
 
+    ruled, trained = compared("--commit", "threshold", "--students", "CFT")
+    assert not trained and ruled["students"]["CFT"]["seeds"] != first["students"]["CFT"]["seeds"]
+
     fewer, trained = compared("--n_test", "50")                     # other users: decoded anew
     assert not trained and fewer["users"] == 50
     assert fewer["students"]["CFT"]["folder"] == first["students"]["CFT"]["folder"]
@@ -209,12 +212,18 @@ def test_some_seeds_or_students_keep_the_others(compared, tmp_path, capsys):
     message = fails(capsys, compared, "--students", "AR", run_dir=tmp_path / "elsewhere")
     assert "has AR of seed 1 with the same settings" in message and "--into" in message
     assert json.loads((tmp_path / "tiny.json").read_text()) == both
+    (tmp_path / "tiny.json").write_text("{")
+    assert "is damaged: move it away" in fails(capsys, compared)
+    assert (tmp_path / "tiny.json").read_text() == "{"
 
 
 def test_what_cannot_be_compared_is_one_sentence(compared, capsys, monkeypatch, tmp_path):
     assert "must be one of cft, cft_beauty" in fails(capsys, compared, name="nothing")
     assert "there is no XYZ; there are: AR, CFT" in fails(capsys, compared, "--students", "XYZ")
     assert "--seeds must be whole numbers" in fails(capsys, compared, "--seeds", "a")
+    teacher = compared()[0]["students"]["AR"]["folder"]
+    for option in (("--from", os.path.join(teacher, "toy", "seed0")), ("--seed", "1")):
+        assert "leave out --from and --seed" in fails(capsys, compared, *option)
     users = dataclasses.replace(ENTRY, claims=(("six", "AR"),), students={
         "AR": student("ar"), "six": student("ar", n_candidates=6)})
     assert "rank for different users" in fails(capsys, compared, entry=users)

@@ -238,13 +238,18 @@ def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
 
 
 def test_a_checkpoint_tells_once_that_the_code_has_changed(tmp_path, monkeypatch, capsys):
-    assert {"model.py", "toy/world.py", "train_cft.py"} <= ck.CODE.keys()
-    cfg = replace(TINY, run_dir=str(tmp_path))
-    train(cfg, "ar")
-    code = dict(ck.CODE)
-    for change, names in (({}, ""), ({"evaluate.py": "x", "train_cft.py": "x"}, ""),
-                          ({"model.py": "x"}, "model.py has"),
-                          ({"toy/world.py": "x", "data.py": "x"}, "data.py, toy/world.py have")):
+    assert {"model.py", "toy/world.py", "train_cft.py", "beauty/writer.py"} <= ck.CODE.keys()
+    cfg, code = replace(TINY, run_dir=str(tmp_path)), dict(ck.CODE)
+    monkeypatch.setattr(ck, "TRAINED_BY", {})
+    for world, change, names in (
+            ("toy", {}, ""), ("toy", {"evaluate.py": "x", "train_cft.py": "x"}, ""),
+            ("toy", {"beauty/writer.py": "x"}, ""), ("toy", {"model.py": "x"}, "model.py has"),
+            ("toy", {"toy/world.py": "x", "data.py": "x"}, "data.py, toy/world.py have"),
+            ("beauty", {"beauty/writer.py": "x"}, "beauty/writer.py has")):
+        cfg = replace(cfg, world=world)
+        monkeypatch.setattr(ck, "CODE", code)
+        ck.tell_once.cache_clear()
+        train(replace(cfg, again=True), "ar")
         monkeypatch.setattr(ck, "CODE", {**code, **change})
         capsys.readouterr()
         begin(cfg, "cft")

@@ -87,7 +87,7 @@ def test_the_report_has_the_rows_of_every_seed_and_their_mean_in_order(evaluated
     made = report["made_by"]
     assert made["settings"]["d_model"] == 16 and "grad_clip" not in made["settings"]
     for stage in ("ar", "cft", "opd"):
-        assert made["weights"][stage] == [ck.short(ck.code_needed(stage, ck.CODE))]
+        assert made["weights"][stage] == [ck.short(ck.code_needed(stage, "toy", ck.CODE))]
     assert (evaluated / "report.md").read_text() == markdown(report)
     for name in ("tradeoff.png", "speed.png"):
         assert (evaluated / name).read_bytes().startswith(b"\x89PNG")
