@@ -63,7 +63,7 @@ class Config:
 
     # The sampler: how students decode, chosen on validation users
     block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel; two blocks hold a trace
-    tau: Real(above=0, high=1) = 0.5  # commit what is surer; can be changed after training
+    tau: Real(above=0, high=1) = 0.5  # commit slots surer than this; can be changed after training
     commit: OneOf("apart", "threshold") = "apart"  # ours [threshold]: slots that want the same
     #   label are not committed together
 
@@ -73,8 +73,8 @@ class Config:
     cft_gold: Switch() = True      # true (gold): train on the reference traces and answers; false:
     #   on the teacher's own responses
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
-    cft_first_steps: Real(0, 1) = 0.3  # ours [0]: a share, not a number of steps: of blocks that
-    #   are masked completely, as in the first step of decoding
+    cft_first_steps: Real(0, 1) = 0.3  # ours [0]: share of blocks that are masked completely, as in
+    #   the first step of decoding
     cft_misplace: Real(0, 1) = 0.2  # ours [0]: share of an answer's states that show a label in a
     #   wrong place
     cft_ar_weight: Real(0) = 1.0   # ours [0]: weight of the AR loss in the mix
@@ -84,7 +84,7 @@ class Config:
     opd_lr: Real(0, 1) = 5e-5
     opd_divergence: OneOf("forward", "reverse", "jsd") = "jsd"  # KL(T||S), KL(S||T), or the
     #   Jensen-Shannon divergence; T: teacher, S: student
-    opd_prompts: Whole(1, MANY) = 10 ** 6  # training prompts of the roll-outs, at most
+    opd_prompts: Whole(1, MANY) = 10 ** 6  # training prompts that the student answers, at most
     opd_group: Whole(1, 10 ** 6) = 1  # roll-outs a prompt: one is greedy, several are drawn
     opd_tau: Real(above=0, high=1) = 0.7  # tau of the roll-outs, the responses written in training
     opd_exclude: Switch() = True   # ours [false]: labels that a state shows are removed from the
@@ -134,7 +134,7 @@ FEW = dict(
     block_size=16,
     cft_gold=False,
     cft_prompts=300,
-    cft_steps=200,  # more of them learn the responses by heart
+    cft_steps=200,  # with more steps the responses are learned by heart
     cft_lr=1e-3,
     opd_steps=400,
     opd_lr=1e-3,

@@ -74,8 +74,8 @@ class World:
 
     @functools.cached_property
     def longest(self):
-        """{setting --trace: tokens of the longest response of each kind of example, a list}. The
-        [EOS] counts. Cached, because every decode asks for it."""
+        """For each --trace, a list: how long responses of each kind (examples_of) may be, with the
+        [EOS]. Cached, because every decode asks for it."""
         return {mode: [examples.response.shape[1] for examples in examples_of(self.train, mode)]
                 for mode in ("free", "bound")}
 
@@ -167,8 +167,8 @@ def joined(written):
 
 def tensors(examples, rows, device):
     """Prompts (n, P) and responses (n, R) of some rows, int64. Columns of padding are left out of
-    the prompts. Responses have the same width in every batch, that of the longest of these
-    examples; it serves as max_len where a student decodes."""
+    the prompts. Responses are as wide as the longest of all these examples, whatever the rows; OPD
+    and RL decode up to this width."""
     prompt = examples.prompt[rows]
     prompt = prompt[:, (prompt != PAD).any(0)]
     response = examples.response[rows]

@@ -1,8 +1,8 @@
 """One GPT for both decoders: autoregressive (AR), a token at a time, and block diffusion.
 
 What a token may see is an argument, the attention mask, so the same weights serve both. No input
-says how noisy a block is; the model can count its [MASK] tokens. Rotary positions (RoFormer, arXiv
-2104.09864), RMSNorm, tied embeddings, no biases.
+says how much of a block is masked; the model can count its [MASK] tokens. Rotary positions
+(RoFormer, arXiv 2104.09864), RMSNorm, tied embeddings, no biases.
 
 The output at a token predicts the *next* token. This is the *token shift* of AR:
 

@@ -67,7 +67,7 @@ class Threshold:
     tau: float
 
     def choose(self, logp, open_, forced):
-        """logp (N, B, V); open_ (N, B) bool, slots that still show [MASK]; forced (N, B), those
+        """logp (N, B, V); open_ (N, B) bool, as from open_slots; forced (N, B), those
         that must be committed -> slots to commit now (N, B). Never looks at drawn tokens."""
         confidence = logp.amax(-1).exp()                          # (N, B)
         confidence = torch.where(open_, confidence, -1.0)
@@ -123,7 +123,7 @@ def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY, cach
     """Writes responses block by block: prompt (N, P), padded on the left -> Decoded.
 
     max_len: tokens at most, rounded up to whole blocks; a block is never wider than that.
-    rule: a value with `choose`, such as Threshold.
+    rule: an object with a method choose, such as Threshold.
     cache: an empty KVCache, if the caller needs the keys of the prompts afterwards.
 
     A block sees clean text only, so the keys of that text stay in a cache. The step that opens
@@ -146,8 +146,8 @@ def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY, cach
             open_block = decoded.filled[rows, span]               # (n, B)
             text = unread if step == 0 else open_block[:, :0]
             hidden = read_step(model, open_cache, pad[rows], text, open_block)  # (n, B, d)
-            # The text stays in the cache, the open block does not. In step 0 this moves the length
-            # of cache, which open_cache still is; afterwards text is empty.
+            # The text stays in the cache, the open block does not. In step 0 open_cache is
+            # still cache itself, so this moves its length; afterwards text is empty.
             open_cache.length += text.shape[1]
             commit(decoded, rows, span, step, model.logits(hidden), rule, sampling)
             step += 1

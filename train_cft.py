@@ -4,10 +4,9 @@
     python train_cft.py --config small  # Amazon Beauty
 
 It starts from the teacher's weights, and trains with the masked-diffusion loss on reference traces
-and answers, the kind of text that the paper uses. One forward pass predicts all masked slots
+and answers, as the paper does. One forward pass predicts all masked slots
 independently of each other. Where two labels are equally likely, two slots may take the same one;
-then the answer has one label twice and another not at all. Text that the prompt determines has no
-such ties.
+then the answer has one label twice and another not at all.
 
 Ours: the AR loss stays in the mix (cft_ar_weight), so the same weights decode both ways; some
 states are first steps (cft_first_steps) or show a label in a wrong place (cft_misplace).
@@ -77,8 +76,8 @@ def cft_loss(cfg, model, prompt, response, rng):
     is_label = take_blocks(is_answer_label(clean), block, B)
     noised, token = misplace(noised, token, masked, is_label, cfg.cft_misplace, rng)  # ours
 
-    # 3. Predict the masked slots, and slot 0. A slot's noise weights have mean 1, so this is a
-    # mean over tokens.
+    # 3. Predict the masked slots, and slot 0. A slot's noise weight is 1 on average, so this
+    # estimates a mean over tokens.
     weight = noise_weight * take_blocks(token_weight, block, B)   # (N, M, B)
     asked = weight > 0                                            # the others need no logits
     with autocast(cfg, prompt.device):

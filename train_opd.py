@@ -6,10 +6,10 @@
 CFT's states come from random masks. The decoder meets other states, made by its own choices. So
 the student decodes, and in states that occurred its distributions are pulled towards the
 teacher's. The teacher reads the student's response from left to right, also the tokens that are
-still masked for the student (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712). This works with any
-prompt, and needs one teacher forward per response.
+still masked for the student (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712). It needs no
+reference response, only one teacher forward for each of the student's.
 
-The paper uses the forward KL and nothing else, as toy_paper does. A forward KL makes the student
+The paper uses the forward KL, as toy_paper does. A forward KL makes the student
 as unsure as its teacher, and a student that is less sure needs more forwards. So after CFT on all
 text our presets use the JSD.
 

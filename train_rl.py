@@ -3,12 +3,12 @@
     python train_rl.py --config toy  # on 2 CPU cores; expect valid and ranking as before
 
 The student samples a group of responses to each prompt. The reward says how far the target rose.
-The ratio compares the probabilities of a token in the very state in which it was committed. That
-an updated model might commit other slots is not counted. With --trace bound only answers are
+The ratio compares the probabilities of a token in the very state in which it was committed. It
+ignores that an updated model might commit other slots. With --trace bound only answers are
 sampled: a prompt is a reference trace.
 
 Logged, beside the figures of CFT:
-    reward, sampled_valid, copied    mean reward; shares of valid answers, of copied lists
+    reward, sampled_valid, copied    mean reward; shares of valid answers, and of copies of the list
     signal          share of groups whose rewards differ
     replay_off      mean |log-probability replayed - recorded|: rounding alone in float32
     ratio_off       mean |r - 1| in the last update: near 0 the policy hardly moved

@@ -34,8 +34,8 @@ def rng_for(cfg, name, step):
     """A random generator that depends on (seed, name of a stage or use, step), and on the number
     of the process where there are several.
 
-    So a run that is killed draws the same when it goes on. It is the CPU's: a GPU sees the same
-    batches and masks, and is never waited for."""
+    So a run that is killed draws the same when it goes on. It is a generator of the CPU, so
+    a run on a GPU sees the same batches and masks."""
     key = np.random.SeedSequence([cfg.seed, step, RANK, *name.encode()])
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) % 2 ** 63)
 
@@ -52,7 +52,7 @@ def optimizers_of(model, lr):
     """[Muon, AdamW]: Muon for the matrices of the layers, AdamW for embeddings and gains. Ours:
     the paper names no optimiser, and with AdamW alone the same losses take more steps.
 
-    Muon turns the momentum of a matrix into the nearest orthogonal one (Jordan et al. 2024). It is
+    Muon replaces the momentum of a matrix by the nearest orthogonal matrix (Jordan et al. 2024),
     scaled to the size of an AdamW step (arXiv 2502.16982), so that one rate serves both."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -80,7 +80,7 @@ class Run:
         self.path = own_path(cfg, stage)
         self.optimizers = optimizers_of(model, self.peak_lr)
         self.shown = {}  # in the bar
-        self.began_with = checksum(model.state_dict())
+        self.began_with = checksum(model.state_dict())  # was the stage before trained anew since?
         # (0, 0.0, False) for a new run; else resume has loaded the weights and the optimisers.
         self.first, self.seconds, self.finished = resume(
             cfg, stage, model, self.optimizers, world, self.began_with)
@@ -163,8 +163,8 @@ def rule_of(cfg, tau=None):
 
 
 def sampling_on(device, temperature, rng):
-    """Sampling on a device. torch draws there with a generator of that device only, so one is
-    seeded from rng."""
+    """Sampling on a device. torch wants a generator of the same device, so one is seeded from
+    rng."""
     seed = int(torch.randint(2 ** 62, (), generator=rng))
     return Sampling(temperature, torch.Generator(device).manual_seed(seed))
 

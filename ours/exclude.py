@@ -1,4 +1,4 @@
-"""Ours, --opd_exclude: labels that a state shows leave the teacher's distribution.
+"""Ours, --opd_exclude: labels that a state shows are removed from the teacher's distribution.
 
 The teacher reads from the left. So it may want, in a slot, a label that the student has committed
 further right:
@@ -15,8 +15,8 @@ from model import FORBIDDEN
 
 
 def exclude_shown(teacher_logits, decoded, block, masked, scored):
-    """Takes labels that a state shows in its answer out of the teacher's distributions, at its
-    masked slots that later got a label.
+    """Removes the labels that a state's answer shows from the teacher's distributions, at those
+    masked slots of the state that later got a label.
 
     teacher_logits (n, V) of the slots scored (N, M, B); masked (N, M, B) -> (n, V). A slot 0 that
     is committed keeps its logits: it is predicted from the clean text, where its label is right."""

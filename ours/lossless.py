@@ -40,7 +40,7 @@ def amend(draft, best):
     """Puts AR's token at the first place where a draft (n, R) differs from best (n, R) -> the new
     draft (n, R), and how many of its tokens are AR's (n, 1), R + 1 if there is no difference.
 
-    In an answer AR's label stands further right in the draft; that place gets the old label."""
+    In an answer, a place further right that has AR's label gets the old label instead."""
     n_right = (draft == best).long().cumprod(1).sum(1, keepdim=True)  # (n, 1)
     place = n_right.clamp(max=draft.shape[1] - 1)
     old, new = draft.gather(1, place), best.gather(1, place)      # (n, 1) each

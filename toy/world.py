@@ -2,8 +2,9 @@
 
 An item has 3 attributes of 5 values. A user has a favourite value of each attribute, which no
 prompt shows. Each attribute of an item that the user takes is the favourite with probability q,
-else uniform; other candidates are uniform. The pre-ranker knows only how likely a place is to
-hold the target. So the best ranking, given the prompt, has a closed form: the *oracle*.
+else uniform; other candidates are uniform. The pre-ranker knows only how likely each place in
+the list is to hold the target. So the best ranking, given the prompt, has a closed form: the
+*oracle*.
 """
 import numpy as np
 
@@ -13,7 +14,7 @@ from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, Wor
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY = 3, 5, 6
 TOY_Q = 0.6        # q
 TOY_PRIOR = 0.25   # the target's place c has probability ~ exp(-TOY_PRIOR * c)
-TOY_EXPERT = 4     # toy_expert multiplies the weight of a place in the list by this, so it errs
+TOY_EXPERT = 4     # toy_expert and toy_target weigh a place this much more, and so err
 TOY_MOST = 3       # evidence counts stop here: 3 means three or more
 TOY_DRAWN = 40000  # users are drawn in chunks of this size, so a smaller n has the first of them
 
