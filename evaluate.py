@@ -4,7 +4,7 @@
     python evaluate.py --config toy --show 3      # three users: what AR and the student wrote
     python evaluate.py --config toy --seeds 0,1,2
 
-Reads the checkpoints under runs/<config>/seed*/, and writes report.json, report.md and figures to
+Reads the checkpoints under runs/<config>/seed*/, and writes report.json and report.md to
 runs/<config>/. The students are decoded with one block size, commit rule and tau; on the first
 users also with other values of tau (the curve). Every metric of a ranking is computed twice: *as
 served*, where an invalid answer is repaired, and *strict*, where it scores 0. The rows:
@@ -29,7 +29,6 @@ from plumbing.checkpoint import finished_stages
 from plumbing.processes import RANK
 from plumbing.script import script
 from plumbing.settings import Numbers, OneOf, Real, Text, UserError, Whole
-from report.figures import draw_figures
 from report.intervals import paired_interval
 from report.show import show
 from report.speed import speeds
@@ -178,8 +177,6 @@ def main(cfg, options):
     print("\n" + summary(report), flush=True)  # first: a full disk must not cost the table
     name = "report" if options.eval_split == "test" else "report_val"
     write_report(cfg, name, report)
-    if options.eval_split == "test":
-        draw_figures(cfg, report)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import os
 import shlex
 from pathlib import Path
 
-from plumbing.checkpoint import checksum, made_by, save_atomically
+from plumbing.checkpoint import checksum, made_by
 from plumbing.settings import UserError
-from report.figures import pyplot
+from report.figures import pyplot, save_figure
 from report.intervals import interval_text
 from report.table import write_json, write_text
 
@@ -99,8 +99,7 @@ def page_of(result, picture):
 
 def draw_curves(students, path):
     """Forwards against N@10 and against valid answers, on the validation users."""
-    plt = pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    fig, axes = pyplot().subplots(1, 2, figsize=(11, 4.2))
     for name, student in students.items():
         _, forwards, valid, ndcg = zip(*mean_curve(student))
         axes[0].plot(forwards, ndcg, "o-", ms=4, lw=1.2, label=name)
@@ -109,9 +108,7 @@ def draw_curves(students, path):
         ax.set(xscale="log", xlabel="forwards a response", ylabel=of)
         ax.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(path, dpi=110, facecolor="white", format="png")
-    plt.close(fig)
+    save_figure(path, fig)
 
 
 def check_nothing_lost(path, students):
@@ -149,5 +146,5 @@ def write_result(cfg, options, entry, given, students, claims):
     page = page_of(result, f"{stem}.png")
     write_json(f"{path}.json", result)
     write_text(f"{path}.md", page)
-    save_atomically(f"{path}.png", lambda to: draw_curves(students, to))
+    draw_curves(students, f"{path}.png")
     print(f"\n{page}\nwritten: {path}.json, .md and .png")

@@ -301,7 +301,6 @@ def test_commands_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(request)))
     todo = [*recipe("paper")[:3], ["python", "train_ar.py", "--config", "toy_few"]]
     todo += [words for page in RUN for words in printed(page)]
-    monkeypatch.setattr("report.figures.draw_figures", lambda *_: None)
     monkeypatch.setattr("report.speed.speeds", lambda *_: {})
     for program, path, *options in dict.fromkeys(words for words in map(tuple, todo) if words[2:]):
         tool = path in ("beauty/convert.py", "experiments/compare.py") or path.startswith("tests")
