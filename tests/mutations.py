@@ -135,7 +135,8 @@ MUTATIONS = {
         ("torch.minimum(ratio * A", "torch.maximum(ratio * A", "stages/policy"),
         ("(surrogate * is_token).sum() / is_token.sum()", "(surrogate * is_token).mean()",
          "stages/policy"),
-        ("if old_logp is None:", "if True:", "stages/several_updates")],
+        ("if old_logp is None:", "if True:", "stages/several_updates"),
+        ("cfg.rl_alpha, cfg.rl_conditional", "cfg.rl_alpha, True", "settings/reads")],
     "beauty/prerank.py": [
         ("0.125 * value", "0.25 * value", "beauty/loops"),
         ("self.user % FOLDS == fold", "self.user % FOLDS != fold", "beauty/loops or known"),
@@ -150,6 +151,18 @@ MUTATIONS = {
     "beauty/tokens.py": [
         ("np.argsort(-score", "np.argsort(score", "beauty"),
         ("recent = shown[:, HIST - 1::-1]", "recent = shown[:, :HIST]", "beauty/prompts")],
+    "plumbing/checkpoint.py": [
+        ('"world", "trace", "wording"', '"world", "wording"', "files"),
+        ("if error.errno in (errno.EACCES, errno.EAGAIN)", "if True", "files"),
+        ('if not world.startswith("beauty"):', "if True:", "files/code")],
+    "experiments/compare.py": [
+        ("checksum(student.stages, values, start", "checksum(student.stages, start",
+         "experiments/settings"),
+        ("key = checksum(weights, settings, code", "key = checksum(weights, code",
+         "experiments/settings"),
+        ("if curve[at]", "if True or curve[at]", "experiments/operating")],
+    "experiments/own_world.py": [
+        ("with cut[1].without(fold), cut[2]", "with cut[2]", "own_requests/known")],
     "evaluate.py": [
         ('out[f"served {metric}"] * answers.valid', 'out[f"served {metric}"]', "evaluate"),
         ("np.log2(rank + 2)", "np.log2(rank + 1.5)", "evaluate")],
@@ -205,6 +218,8 @@ def fate(file, old, new, tests):
 def main():
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     todo = [(file, *each) for file, these in MUTATIONS.items() if only in file for each in these]
+    if not todo:
+        sys.exit(f"no file with mutations has {only!r} in its name")
     for tests in sorted({each[-1].partition("/")[0] for each in todo}):
         if run(tests, ROOT):
             sys.exit(f"test_{tests}.py fails without any change")

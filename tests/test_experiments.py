@@ -264,6 +264,17 @@ def test_entries_say_what_the_scripts_understand(name):
         assert {who, control} <= entry.students.keys() and who != control
 
 
+def test_the_controls_of_few_300_cost_what_opd_costs():
+    cfg, students = compare.preset("toy_few"), ENTRIES["few_300"].students
+    n_tokens = 46                                                   # of a response, see its comment
+    as_many = cfg.cft_prompts + cfg.opd_steps * cfg.batch_size // n_tokens
+    assert students["CFT as many forwards"].settings == {
+        "cft_prompts": as_many, "cft_steps": cfg.cft_steps * as_many // cfg.cft_prompts}
+    assert students["CFT as many forwards longer"].settings["cft_prompts"] == as_many
+    assert students["more CFT"].settings["cft_steps"] == f"+{cfg.opd_steps * 3 // 2}"
+    assert students["OPD same prompts"].settings["opd_prompts"] == cfg.cft_prompts
+
+
 def test_a_claim_is_the_interval_of_the_seeds_that_both_students_have():
     rng, metrics = np.random.default_rng(0), ("strict ndcg@10", "valid")
     one, other = ({seed: {metric: rng.random(100) for metric in metrics} for seed in seeds}
