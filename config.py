@@ -63,12 +63,12 @@ class Config:
 
     # The sampler: how students decode, chosen on validation users
     block_size: Whole(1, 1024) = 19  # B, tokens denoised in parallel; two blocks hold a trace
-    tau: Real(above=0, high=1) = 0.5  # commit slots surer than this; can be changed after training
+    tau: Real(above=0, high=1) = 0.3  # commit slots surer than this; can be changed after training
     commit: OneOf("apart", "threshold") = "apart"  # ours [threshold]: slots that want the same
     #   label are not committed together
 
     # CFT: conversion fine-tuning
-    cft_steps: Whole(0, MANY) = 3000
+    cft_steps: Whole(0, MANY) = 2000
     cft_lr: Real(0, 1) = 2e-3
     cft_gold: Switch() = True      # true (gold): train on the reference traces and answers; false:
     #   on the teacher's own responses
@@ -125,7 +125,6 @@ SMALL = dict(
     warmup=100,
     answer_share=0.6,
     block_size=64,  # a whole trace, with its [EOS]
-    tau=0.3,
     ar_steps=4000,
     cft_steps=3500)
 # The teacher has written only 300 responses, so CFT has little text to learn from.
