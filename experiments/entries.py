@@ -48,7 +48,7 @@ ENTRIES = {
     # What each part of CFT is worth: taken from all of them, and added to none. Equal cost: as many
     # steps. Three forwards are the least.
     "cft": Entry(
-        "What is each of our parts of CFT worth, after a third of the preset's steps?",
+        "What is each of our parts of CFT worth, after half of the preset's steps?",
         settings=dict(cft_steps=1000),
         students={
             "AR": student("ar"),
@@ -71,7 +71,7 @@ ENTRIES = {
     "cft_beauty": Entry(
         "What is each of our parts of CFT worth on Amazon Beauty, after a third of the steps?",
         config="small",
-        settings=dict(cft_steps=1200),
+        settings=dict(cft_steps=1200, n_val=1000),
         students={
             "AR": student("ar"),
             "CFT": student("cft", "AR"),
