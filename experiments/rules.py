@@ -36,7 +36,7 @@ from ours.commit import Apart
 from plumbing.checkpoint import device_of, load_stage, made_by
 from plumbing.script import script
 from plumbing.settings import Text, UserError, Whole
-from report.figures import pyplot, save_figure
+from report.figures import forwards_axis, pyplot, save_figure
 from report.table import chosen_seeds, plain, write_text
 from sampler import Threshold, block_decode
 from trainer import decode_split, load_world, rng_for, sampling_on
@@ -230,10 +230,8 @@ def drawn(entries):
                 forwards, valid, _ = zip(*entry["points"])
                 axes.plot(forwards, [100 * x for x in valid], "o-", ms=4, lw=1.2,
                           label=entry["rule"])
-        axes.set(xscale="log", title=config, xlabel="forwards a response",
-                 ylabel="valid answers, %")
-        axes.set_xticks((2, 3, 5, 10, 20, 40, 80), labels=(2, 3, 5, 10, 20, 40, 80))
-        axes.minorticks_off()
+        axes.set(title=config, ylabel="valid answers, %")
+        forwards_axis(axes)
     axes.legend(fontsize=8)
     return figure
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plumbing.checkpoint import checksum, made_by
 from plumbing.settings import UserError
-from report.figures import pyplot, save_figure
+from report.figures import forwards_axis, pyplot, save_figure
 from report.intervals import interval_text
 from report.table import write_json, write_text
 
@@ -100,12 +100,14 @@ def page_of(result, picture):
 def draw_curves(students, path):
     """Forwards against N@10 and against valid answers, on the validation users."""
     fig, axes = pyplot().subplots(1, 2, figsize=(11, 4.2))
-    for name, student in students.items():
+    for n, (name, student) in enumerate(students.items()):
         _, forwards, valid, ndcg = zip(*mean_curve(student))
-        axes[0].plot(forwards, ndcg, "o-", ms=4, lw=1.2, label=name)
-        axes[1].plot(forwards, [100 * x for x in valid], "o-", ms=4, lw=1.2, label=name)
+        style = dict(marker="o", ms=4, lw=1.2, ls="-" if n < 10 else "--", label=name)  # 10 colours
+        axes[0].plot(forwards, ndcg, **style)
+        axes[1].plot(forwards, [100 * x for x in valid], **style)
     for ax, of in zip(axes, ("N@10, strict", "valid answers, %")):
-        ax.set(xscale="log", xlabel="forwards a response", ylabel=of)
+        forwards_axis(ax)
+        ax.set_ylabel(of)
         ax.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
     save_figure(path, fig)

@@ -16,6 +16,13 @@ def pyplot():
     return plt
 
 
+def forwards_axis(axes):
+    """Makes the x axis that of forwards, logarithmic, with numbers one can read."""
+    axes.set(xscale="log", xlabel="forwards a response")
+    axes.set_xticks((2, 3, 5, 10, 20, 40, 80), labels=(2, 3, 5, 10, 20, 40, 80))
+    axes.minorticks_off()
+
+
 def save_figure(path, figure):
     """Writes a figure as PNG, and closes it."""
     def write(temporary):
