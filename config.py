@@ -1,6 +1,6 @@
 """Every setting of the recipe: its range, its value on the toy world, what it means; the presets.
 
-    python train_cft.py --config small --cft_lr 0.0005 --seed 1
+    python train_cft.py --config toy --cft_lr 0.001 --from runs/toy/seed0 --run_dir runs/slower
 
 A setting's annotation is the range that is allowed: Real(0, 1) a number from 0 to 1, OneOf(...) one
 of these words (plumbing/settings.py). Settings marked "ours" belong to our additions to the paper.

@@ -35,8 +35,6 @@ from scripts import EVALUATION, TINY
 
 ROOT = Path(ROOT)
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-RUN = ["README.md", "docs/beauty.md", "docs/own_requests.md", "docs/faq.md", "docs/course.md",
-       "docs/exercises.md", "docs/reproduce.md"]  # whose commands run
 CODE = [path.relative_to(ROOT).as_posix() for folder in (".", "beauty", "experiments", "plumbing")
         for path in sorted(ROOT.glob(f"{folder}/*.py"))]
 RESULTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("results/**/*.json"))
@@ -292,15 +290,16 @@ def recipe(target):
 
 
 def test_commands_run_as_they_stand(tmp_path, monkeypatch):
-    """Those of the pages in RUN that are cheap, one after another, with tiny models."""
+    """Those of pages and docstrings that are cheap, one after another, with tiny models."""
     monkeypatch.chdir(tmp_path)
     make_beauty("data/beauty", n_users=120)
     make_beauty("my/data", n_users=120)
     request = b'{"history": [16, 20, 31], "candidates": [5, "A00010", 77, 93, 120]}\n'
     Path("requests.jsonl").write_bytes(request)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(request)))
-    todo = [*recipe("paper")[:3], ["python", "train_ar.py", "--config", "toy_few"]]
-    todo += [words for page in RUN for words in printed(page)]
+    todo = recipe("paper")[:3]
+    todo += [["python", f"train_{stage}.py", "--config", "toy_few"] for stage in ("ar", "cft")]
+    todo += [words for page in [*PAGES, *CODE] for words in printed(page)]
     monkeypatch.setattr("report.speed.speeds", lambda *_: {})
     for program, path, *options in dict.fromkeys(words for words in map(tuple, todo) if words[2:]):
         tool = path in ("beauty/convert.py", "experiments/compare.py") or path.startswith("tests")
