@@ -75,8 +75,8 @@ class Config:
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
     cft_first_steps: Real(0, 1) = 0.3  # ours [0]: share of blocks that are masked completely, as in
     #   the first step of decoding
-    cft_misplace: Real(0, 1) = 0.2  # ours [0]: share of an answer's states that show a label in a
-    #   wrong place
+    cft_misplace: Real(0, 1) = 0.2  # ours [0]: of an answer's states that show a label and mask
+    #   another, the share that show one in a wrong place
     cft_ar_weight: Real(0) = 1.0   # ours [0]: weight of the AR loss in the mix
 
     # OPD: on-policy distillation

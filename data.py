@@ -278,7 +278,7 @@ def faithfulness(tokens, trace, n_labels):
     """Share of true statements in the traces of responses (N, R) -> (N,) in [0, 1].
 
         correct statements / max(statements required, statements made)
-    trace (N, T) is what the rule writes: one profile and a statement a candidate are required.
+    trace (N, T) is what the rule writes: a profile and one statement per candidate are required.
     A statement that is missing, repeated, unreadable or about no candidate counts as wrong."""
     score = np.zeros(len(tokens))
     for n, (row, rule) in enumerate(zip(tokens, trace)):

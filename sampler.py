@@ -63,7 +63,7 @@ def nothing_yet(model, prompt, max_len, block_size):
 @dataclass(frozen=True)
 class Threshold:
     """The paper's commit rule. Commits every slot whose confidence, its highest probability,
-    exceeds tau, or, if there is none, the surest slot."""
+    exceeds tau, and every forced slot; if there is neither, the surest slot."""
     tau: float
 
     def choose(self, logp, open_, forced):

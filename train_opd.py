@@ -7,7 +7,7 @@ CFT's states come from random masks. The decoder meets other states, made by its
 the student decodes, and in states that occurred its distributions are pulled towards the
 teacher's. The teacher reads the student's response from left to right, also the tokens that are
 still masked for the student (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712). It needs no
-reference response, only one teacher forward for each of the student's.
+reference for what is written, only one teacher forward for each response.
 
 The paper uses the forward KL, as toy_paper does. A forward KL makes the student
 as unsure as its teacher, and a student that is less sure needs more forwards. So after CFT on all
@@ -70,7 +70,7 @@ def draw_steps(decoded, block, rng):
 
 
 def opd_loss(cfg, student, teacher, prompt, decoded, rng):
-    """Weighted mean divergence a token in states of the student's own decode, a scalar.
+    """Weighted mean of the divergence per token, in states of the student's own decode, a scalar.
 
     prompt (N, P), decoded: the student's responses (N, R). Nothing after the first [EOS] counts.
     """

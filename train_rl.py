@@ -1,6 +1,6 @@
 """Stage 4, RL: GRPO with DAPO's corrections, on a re-ranking reward.
 
-    python train_rl.py --config toy  # on 2 CPU cores; expect valid and ranking as before
+    python train_rl.py --config toy  # on 2 CPU cores; valid and ranking hardly change
 
 The student samples a group of responses to each prompt. The reward says how far the target rose.
 The ratio compares the probabilities of a token in the very state in which it was committed. It
@@ -12,7 +12,7 @@ Logged, beside the figures of CFT:
     signal          share of groups whose rewards differ
     replay_off      mean |log-probability replayed - recorded|: rounding alone in float32
     ratio_off       mean |r - 1| in the last update: near 0 the policy hardly moved
-    clipped         share of tokens beyond the clip then
+    clipped         share of tokens beyond the clip in that update
     sampled_nats    mean -log p of the groups kept: it falls as the policy sharpens
 """
 import numpy as np

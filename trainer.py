@@ -80,7 +80,7 @@ class Run:
         self.path = own_path(cfg, stage)
         self.optimizers = optimizers_of(model, self.peak_lr)
         self.shown = {}  # in the bar
-        self.began_with = checksum(model.state_dict())  # was the stage before trained anew since?
+        self.began_with = checksum(model.state_dict())  # resume refuses another start
         # (0, 0.0, False) for a new run; else resume has loaded the weights and the optimisers.
         self.first, self.seconds, self.finished = resume(
             cfg, stage, model, self.optimizers, world, self.began_with)

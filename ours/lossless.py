@@ -55,7 +55,7 @@ def amend(draft, best):
 def lossless_decode(model, prompt, max_len, block_size, rule):
     """The greedy text of model.ar_decode, in fewer forwards: prompt (N, P) -> Decoded.
 
-    rule: which slots of a draft are committed together, a value with `choose`."""
+    rule: which slots of a draft are committed together, as for block_decode."""
     N, P = prompt.shape
     # It keeps the prompts of all rows: block_decode drops rows from copies only.
     cache = KVCache(model, N, P + max_len + block_size)

@@ -14,7 +14,7 @@ from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, Wor
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY = 3, 5, 6
 TOY_Q = 0.6        # q
 TOY_PRIOR = 0.25   # the target's place c has probability ~ exp(-TOY_PRIOR * c)
-TOY_EXPERT = 4     # toy_expert and toy_target weigh a place this much more, and so err
+TOY_EXPERT = 4     # toy_expert and toy_target weigh a place so many times as much, and so err
 TOY_MOST = 3       # evidence counts stop here: 3 means three or more
 TOY_DRAWN = 40000  # users are drawn in chunks of this size, so a smaller n has the first of them
 
