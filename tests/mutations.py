@@ -93,6 +93,7 @@ MUTATIONS = {
         ("WEIGHT_DECAY = 0.05", "WEIGHT_DECAY = 0.5", "stages/muon"),
         ('adjust_lr_fn="match_rms_adamw"', 'adjust_lr_fn="original"', "stages/muon"),
         ("rise = min(1.0, (step + 1) / warmup)", "rise = 1.0", "stages/rate"),
+        ("betas=(0.9, 0.98)", "betas=(0.9, 0.95)", "stages/muon"),
         ("self.model.parameters(), self.cfg.grad_clip)", "self.model.parameters(), 1e9)",
          "stages/shortened"),
         ('group["lr"] = lr', 'group["lr"] = self.peak_lr', "stages/shortened"),

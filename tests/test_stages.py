@@ -136,6 +136,14 @@ def test_an_update_is_muon_for_matrices_of_layers_and_adamw_for_the_rest(tmp_pat
             assert off < 0.05, name  # it is computed in bfloat16
         else:
             close(p.detach(), before[name] - lr * g.sign(), 1e-5)
+    # A second gradient, opposite and short, tells how fast AdamW's moments decay.
+    twice = a_run(tmp_path, world, ar_lr=1.0)
+    twice.update(linear(twice.model, 1e-2)[0])
+    p = twice.model.embed.weight
+    old = p.detach().clone()
+    twice.update(linear(twice.model, -1e-3)[0])
+    mean, square = (0.9 * 0.1 - 0.1 / 10) / (1 - 0.9 ** 2), 0.99 * 0.02 / (1 - 0.98 ** 2)
+    close(p.detach(), old - twice.lr_at(2) * mean / square ** 0.5 * gradients[0].sign(), 1e-4)
     # Without a gradient what is left is the decay.
     still = a_run(tmp_path, world)
     still.update(sum(0 * p.sum() for p in still.model.parameters()))
