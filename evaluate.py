@@ -1,6 +1,6 @@
 """Evaluation: every stage on the same test users, in one table.
 
-    python evaluate.py --config toy               # on 2 CPU cores: less than a minute
+    python evaluate.py --config toy               # on 2 CPU cores: about a minute
     python evaluate.py --config toy --show 3      # three users: what AR and the student wrote
     python evaluate.py --config toy --seeds 0,1,2
 
