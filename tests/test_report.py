@@ -49,6 +49,7 @@ def made(tmp_path_factory):
 def evaluated(made):
     """The folder of the run, after evaluate.py has seen both seeds."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ck, "TRAINED_BY", {})  # other tests have read weights of other code
         scripts.run(evaluate, patch, made, "--seeds", "0,1")
     return made / "toy"
 
