@@ -126,7 +126,7 @@ def block_decode(model, prompt, max_len, block_size, rule, sampling=GREEDY, cach
     rule: an object with a method choose, such as Threshold.
     cache: an empty KVCache, if the caller needs the keys of the prompts afterwards.
 
-    A block sees clean text only, so the keys of that text stay in a cache. The step that opens
+    A block sees clean text and itself. The keys of that text stay in a cache. The step that opens
     a block also reads what the cache lacks: the prompt, or the block before. So storing a finished
     block costs no forward of its own. The open block is fed anew in every step."""
     N, P = prompt.shape

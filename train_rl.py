@@ -5,7 +5,7 @@
 The student samples a group of responses to each prompt. The reward says how far the target rose.
 The ratio compares the probabilities of a token in the very state in which it was committed. It
 ignores that an updated model might commit other slots. With --trace bound only answers are
-sampled: a prompt is a reference trace.
+sampled: a prompt is a reference trace. With --block_size 1 this trains the teacher (`make paper`).
 
 Logged, beside the figures of CFT:
     reward, sampled_valid, copied    mean reward; shares of valid answers, and of copies of the list
