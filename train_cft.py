@@ -4,9 +4,9 @@
     python train_cft.py --config small  # Amazon Beauty
 
 It starts from the teacher's weights, and trains with the masked-diffusion loss on reference traces
-and answers, as the paper does. One forward pass predicts all masked slots
-independently of each other. Where two labels are equally likely, two slots may take the same one;
-then the answer has one label twice and another not at all.
+and answers, as the paper does. One forward pass predicts all masked slots independently of each
+other. Where two labels are equally likely, two slots may take the same one; then the answer has one
+label twice and another not at all.
 
 Ours: the AR loss stays in the mix (cft_ar_weight), so the same weights decode both ways; some
 states are first steps (cft_first_steps) or show a label in a wrong place (cft_misplace).

@@ -34,8 +34,8 @@ def rng_for(cfg, name, step):
     """A random generator that depends on (seed, name of a stage or use, step), and on the number
     of the process where there are several.
 
-    So a run that is killed draws the same when it goes on. It is a generator of the CPU, so
-    a run on a GPU sees the same batches and masks."""
+    So a run that is killed draws the same when it goes on. It is a generator of the CPU, so a
+    run on a GPU sees the same batches and masks."""
     key = np.random.SeedSequence([cfg.seed, step, RANK, *name.encode()])
     return torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0]) % 2 ** 63)
 

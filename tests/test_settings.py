@@ -1,9 +1,12 @@
 """The command line: what it takes, and the one sentence with which it refuses the rest."""
 import dataclasses
+import subprocess
 import sys
 
 import pytest
 import torch
+
+from conftest import ROOT  # first: it puts the project on Python's path
 
 import scripts
 import toy.world
@@ -177,3 +180,10 @@ def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys):
         raise RuntimeError("of another kind")
     with pytest.raises(RuntimeError, match="of another kind"):
         script(wrong, "")
+    code = ("from plumbing.script import script\n"
+            "def main(cfg):\n"
+            "    for i in range(100000): print(i)\n"
+            "script(main, '')")
+    command = f'"{sys.executable}" -c "{code}" --threads 1 | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "0\n1\n" and done.stderr == ""  # a reader has seen enough: no traceback

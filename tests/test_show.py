@@ -30,10 +30,11 @@ def user_by_hand():
                 np.array([PROFILE, A, L1, A, B, L2, B, B]), np.array([0, 1]), L2)
 
 
-def written_by_hand(tokens):
+def written_by_hand(tokens, forward=None, name="cft"):
     n = len(tokens)
-    return Written("cft", np.array(tokens), np.zeros(n, int), np.zeros(n, int), np.ones(n),
-                   np.ones(1))
+    forward = np.zeros(n, int) if forward is None else np.array(forward)
+    return Written(name, np.array(tokens), np.zeros(n, int), forward, np.ones(n),
+                   np.arange(1.0, 2 + forward.max()))
 
 
 def test_faults_of_statements_and_answers():
@@ -63,6 +64,41 @@ def test_faults_of_statements_and_answers():
         written = written_by_hand(right + answer)
         assert wrong_labels(user, written) == faults, answer
         assert verdict(user, written) == (False, order)
+
+
+def test_the_text_of_one_user():
+    user = user_by_hand()
+    ar = written_by_hand([PROFILE, A, L1, A, B, L2, B, B, ANSWER, L2, L1, EOS],
+                         range(12), name="ar")
+    cft = written_by_hand([PROFILE, B, L1, A, B, L4, B, PAD, ANSWER, L2, L2, EOS],
+                          [0, 0, 0, 1, 0, 1, 1, -1, 2, 2, 11, 2])
+    assert [line.rstrip() for line in lines_of(user, 7, [ar, cft])] == """
+--- user 7: 2 candidates ---
+<history> a b
+
+<profile>
+  ar    ✓ <profile> a
+  cft   ✗ <profile>₁ b₁   (true is: <profile> a)
+
+L1 a
+  ar    ✓ L1 a b
+  cft   ✓ L1₁ a₂ b₁
+
+L2 b ★
+  ar    ✓ L2 b b
+  cft   ✗ nothing
+
+statements about nothing that is listed
+  cft   ✗ L4₂ b₂   (there should be no such statement)
+
+answer
+  ar    ✓ <answer> L2 ★ L1 [EOS]
+  cft   ✗ <answer>₃ L2₃ ★ L2₁₂ ★ (stands twice) [EOS]₃
+
+ar: 12 forwards, 12.0 ms; 3 of 3 statements true; the answer is valid; L2 from
+place 2 to 1
+cft: 12 forwards, 12.0 ms; 1 of 3 statements true; the answer is invalid; L2
+from place 2 to 1""".split("\n")
 
 
 def test_forwards_are_counted_through_all_blocks_and_parts():
