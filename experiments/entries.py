@@ -85,6 +85,24 @@ ENTRIES = {
         taus=(0.2, 0.3, 0.5),
         forwards=3.3),
 
+    # The paper's recipe, whose teacher is trained by AR, then by RL. The 400 roll-outs a hundred
+    # steps of OPD take the time of 800 steps of CFT. Our commit rule costs nothing.
+    "paper": Entry(
+        "The paper's recipe as it is written: what does each stage add?",
+        config="toy_paper",
+        students={
+            "AR": student("ar"),
+            "GR2": student("rl", "AR", block_size=1),
+            "CFT": student("cft", "GR2", block_size=32),
+            "more CFT": student("cft", "GR2", block_size=32, cft_steps="+800"),
+            "CFT apart": student("", "CFT", commit="apart"),
+            "OPD": student("opd", "CFT"),
+            "RL": student("rl", "OPD")},
+        claims=(("GR2", "AR"), ("CFT", "GR2"), ("OPD", "CFT"), ("OPD", "more CFT"),
+                ("OPD", "CFT apart"), ("RL", "OPD")),
+        taus=(0.5, 0.7, 0.8, 0.9, 0.95),
+        forwards=8.5),
+
     # A step of OPD takes the FLOPs of 1.5 steps of CFT. In its 400 steps the
     # teacher reads 12,800 roll-outs, each in one forward. In so many forwards it could have
     # written 278 responses of 46 tokens: the control that learns from 578. It comes with as many
