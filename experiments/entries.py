@@ -44,44 +44,39 @@ def against(control, *students):
 
 NOTHING = dict(cft_first_steps=0.0, cft_misplace=0.0, cft_ar_weight=0.0, commit="threshold")
 
+# What each of our parts of CFT is worth: taken from all of them, and added to none. Equal cost: as
+# many steps.
+PARTS = {
+    "AR": student("ar"),
+    "CFT": student("cft", "AR"),
+    "no first steps": student("cft", "AR", cft_first_steps=0.0),
+    "no misplaced labels": student("cft", "AR", cft_misplace=0.0),
+    "no AR loss": student("cft", "AR", cft_ar_weight=0.0),
+    "threshold rule": student("", "CFT", commit="threshold"),
+    "nothing of ours": student("cft", "AR", **NOTHING),
+    "first steps alone": student("cft", "AR", **{**NOTHING, "cft_first_steps": 0.3}),
+    "misplaced labels alone": student("cft", "AR", **{**NOTHING, "cft_misplace": 0.2}),
+    "AR loss alone": student("cft", "AR", **{**NOTHING, "cft_ar_weight": 1.0}),
+    "apart alone": student("", "nothing of ours", commit="apart")}
+WORTH = (("CFT", "no first steps"), ("CFT", "no misplaced labels"), ("CFT", "no AR loss"),
+         ("CFT", "threshold rule"),
+         *against("nothing of ours", "CFT", "first steps alone", "misplaced labels alone",
+                  "AR loss alone", "apart alone"))
+
 ENTRIES = {
-    # What each part of CFT is worth: taken from all of them, and added to none. Equal cost: as many
-    # steps. Three forwards are the least.
+    # Three forwards are the least.
     "cft": Entry(
         "What is each of our parts of CFT worth, after half of the preset's steps?",
         settings=dict(cft_steps=1000),
-        students={
-            "AR": student("ar"),
-            "CFT": student("cft", "AR"),
-            "no first steps": student("cft", "AR", cft_first_steps=0.0),
-            "no misplaced labels": student("cft", "AR", cft_misplace=0.0),
-            "no AR loss": student("cft", "AR", cft_ar_weight=0.0),
-            "AR weight 3": student("cft", "AR", cft_ar_weight=3.0),
-            "threshold rule": student("", "CFT", commit="threshold"),
-            "nothing of ours": student("cft", "AR", **NOTHING),
-            "first steps alone": student("cft", "AR", **{**NOTHING, "cft_first_steps": 0.3}),
-            "misplaced labels alone": student("cft", "AR", **{**NOTHING, "cft_misplace": 0.2}),
-            "AR loss alone": student("cft", "AR", **{**NOTHING, "cft_ar_weight": 1.0}),
-            "apart alone": student("", "nothing of ours", commit="apart")},
-        claims=(("CFT", "no first steps"), ("CFT", "no misplaced labels"), ("CFT", "no AR loss"),
-                ("CFT", "AR weight 3"), ("CFT", "threshold rule"),
-                *against("nothing of ours", "CFT", "first steps alone", "misplaced labels alone",
-                         "AR loss alone", "apart alone")),
+        students={**PARTS, "AR weight 3": student("cft", "AR", cft_ar_weight=3.0)},
+        claims=(*WORTH, ("CFT", "AR weight 3")),
         forwards=5.0),
     "cft_beauty": Entry(
         "What is each of our parts of CFT worth on Amazon Beauty, after a third of the steps?",
         config="small",
         settings=dict(cft_steps=1200, n_val=1000),
-        students={
-            "AR": student("ar"),
-            "CFT": student("cft", "AR"),
-            "no first steps": student("cft", "AR", cft_first_steps=0.0),
-            "no misplaced labels": student("cft", "AR", cft_misplace=0.0),
-            "no AR loss": student("cft", "AR", cft_ar_weight=0.0),
-            "threshold rule": student("", "CFT", commit="threshold"),
-            "nothing of ours": student("cft", "AR", **NOTHING)},
-        claims=(("CFT", "no first steps"), ("CFT", "no misplaced labels"), ("CFT", "no AR loss"),
-                ("CFT", "threshold rule"), ("CFT", "nothing of ours")),
+        students=PARTS,
+        claims=WORTH,
         taus=(0.2, 0.3, 0.5),
         forwards=3.3),
 
