@@ -12,37 +12,14 @@ import torch.distributed as dist
 
 from plumbing.settings import UserError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-
-
-def launched(environment):
-    """Returns (number of this process, number of processes), as torchrun sets them.
-
-    Raises UserError for nonsense: a process that takes itself for the second writes nothing."""
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return 0, 1
-    try:
-        rank, ranks, local, port = (int(environment[name]) for name in VARIABLES
-                                    if name != "MASTER_ADDR")
-        if environment["MASTER_ADDR"] and 0 <= local <= rank < ranks and 0 < port < 65536:
-            return rank, ranks
-    except (KeyError, ValueError):
-        pass
-    said = " ".join(f"{name}={environment.get(name, '(not set)')!r}" for name in VARIABLES)
-    raise UserError(f"the environment has {said}, which torchrun never sets: start several "
-                    "processes with `torchrun --standalone --nproc_per_node 2 ...`, or unset RANK "
-                    "and WORLD_SIZE for one")
-
-
-try:
-    RANK, RANKS = launched(os.environ)
-except UserError:
-    RANK, RANKS = 0, 1  # start() tells the user; during an import nobody would catch it
+# torchrun sets both variables. Where anything else has set them, this is the only process.
+LAUNCHED = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+RANKS = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 def start(device):
     """Joins the other processes, if there are any. device: "cuda" or "cpu"."""
-    launched(os.environ)
     if RANKS == 1:
         return
     try:

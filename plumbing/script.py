@@ -1,7 +1,5 @@
 """What surrounds the main function of every script: command line, threads, errors, Ctrl-C."""
 import os
-import re
-import shlex
 import sys
 import time
 
@@ -33,7 +31,7 @@ def script(main, doc, also=None):
         leave("error: this takes more memory than there is: use a smaller model (--d_model, "
               "--n_layer), --batch_size or --rl_prompts", 2)
     except KeyboardInterrupt:
-        leave(f"stopped; to go on from the last checkpoint, type: {command()}", 130)
+        leave("stopped; the same command, without --again, goes on from the last checkpoint", 130)
 
 
 def prepare(cfg):
@@ -49,13 +47,6 @@ def out_of_memory(error):
     """Whether an error says so: numpy's MemoryError, torch's of a GPU, its RuntimeError of a CPU."""
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or "can't allocate memory" in str(error))
-
-
-def command():
-    """The command that goes on with this run: the same, but --again would begin anew."""
-    if processes.RANKS > 1:
-        return "the same command, without --again"
-    return re.sub(r" --again[ =]\S+", "", shlex.join(sys.orig_argv))
 
 
 def leave(message, code):

@@ -14,6 +14,7 @@ import inspect
 import math
 import pathlib
 import re
+import reprlib
 import sys
 
 # Settings that change no weight: a checkpoint may be used with other values of them.
@@ -30,7 +31,8 @@ class UserError(Exception):
 # --- Kinds of values --------------------------------------------------------------------------
 
 class Kind:
-    """Reads a value from a text: kind("0.5") is 0.5, or raises ArgumentTypeError."""
+    """Reads a value from a text: kind("0.5") is 0.5, or raises ArgumentTypeError. name: completes
+    the sentence "it must be ..."."""
 
     def __init__(self, name, convert=str, allows=lambda value: True):
         self.name, self.convert, self.allows = name, convert, allows
@@ -42,12 +44,8 @@ class Kind:
         except (KeyError, ValueError, OverflowError):
             allowed = False
         if not allowed:
-            raise argparse.ArgumentTypeError(f"must be {self}, not {shown(text)}")
+            raise argparse.ArgumentTypeError(f"must be {self.name}, not {reprlib.repr(text)}")
         return value
-
-    def __str__(self):
-        """Completes the sentence "it must be ..."."""
-        return self.name
 
 
 class Real(Kind):
@@ -130,18 +128,13 @@ def read(doc, argv, classes):
         option = "--" + field.name.rstrip("_")  # from_ is --from: `from` is a word of Python
         parser.add_argument(option, dest=field.name, type=field.type)
         kinds[option] = field.type
-    argv = list(argv)
-    for i in range(len(argv) - 1, 0, -1):
-        # argparse takes most values such as -1 for options, unless they follow a "=".
-        if argv[i - 1] in kinds and re.match("-[^-]", argv[i]):
-            argv[i - 1] += "=" + argv.pop(i)
     try:
         given, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         option = error.argument_name
         if error.message.startswith("must be"):  # a kind refused the value
             raise UserError(f"{option} {error.message}") from None
-        raise UserError(f"{option} needs a value: it must be {kinds[option]}") from None
+        raise UserError(f"{option} needs a value: it must be {kinds[option].name}") from None
     if rest:
         raise UserError(unknown(rest[0].partition("=")[0], kinds))
     return vars(given)
@@ -167,12 +160,7 @@ def unknown(option, known):
     hint = "see --help for the list"
     if near:
         hint = f"did you mean {' or '.join('--' + name for name in near)}?"
-    return f"unknown option {shown(option)}: {hint}"
-
-
-def shown(text, most=60):
-    """Shortens a text of the user's, and puts it in quotes and on one line."""
-    return repr(text if len(text) <= most else text[:most] + "...")
+    return f"unknown option {reprlib.repr(option)}: {hint}"
 
 
 def check(cfg):

@@ -1,13 +1,11 @@
-"""Two processes under torchrun (gloo, CPU) make the update of one; nonsense is refused."""
+"""Two processes under torchrun (gloo, CPU) make the update of one."""
+import os
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from conftest import ROOT
-from plumbing import processes
-from plumbing.settings import UserError
 
 PROGRAM = """
 import sys, torch
@@ -39,6 +37,7 @@ def test_the_mean_gradient_of_two_halves_is_that_of_the_whole_batch(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for how in ([], torchrun):
         done = subprocess.run([sys.executable, *how, "program.py", ROOT], cwd=tmp_path,
+                              env={**os.environ, "RANK": "1"},  # which only torchrun may set
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
     whole, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2"))
@@ -46,13 +45,3 @@ def test_the_mean_gradient_of_two_halves_is_that_of_the_whole_batch(tmp_path):
         assert gradient.abs().max() > 0
         assert torch.equal(two[0][name], two[1][name])
         torch.testing.assert_close(two[0][name], gradient, rtol=1e-9, atol=1e-12)
-
-
-def test_an_environment_that_torchrun_never_sets_is_refused():
-    good = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="a", MASTER_PORT="29500")
-    assert processes.launched(good) == (1, 2) and processes.launched({"PATH": "x"}) == (0, 1)
-    bad = [dict(RANK="2"), dict(RANK="x"), dict(LOCAL_RANK="2"), dict(LOCAL_RANK="-1"),
-           dict(MASTER_ADDR=""), dict(MASTER_PORT="70000")]
-    for environment in [{"RANK": "0"}, *({**good, **change} for change in bad)]:
-        with pytest.raises(UserError, match="which torchrun never sets: start several"):
-            processes.launched(environment)
