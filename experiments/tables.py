@@ -4,9 +4,11 @@ import os
 import shlex
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from plumbing.checkpoint import checksum, made_by
 from plumbing.settings import UserError
-from report.figures import forwards_axis, pyplot, save_figure
+from report.figures import forwards_axis, save_figure
 from report.intervals import interval_text
 from report.table import write_json, write_text
 
@@ -99,7 +101,8 @@ def page_of(result, picture):
 
 def draw_curves(students, path):
     """Forwards against N@10 and against valid answers, on the validation users."""
-    fig, axes = pyplot().subplots(1, 2, figsize=(11, 4.2))
+    figure = Figure(figsize=(11, 4.2))
+    axes = figure.subplots(1, 2)
     for n, (name, student) in enumerate(students.items()):
         _, forwards, valid, ndcg = zip(*mean_curve(student))
         style = dict(marker="o", ms=4, lw=1.2, ls="-" if n < 10 else "--", label=name)  # 10 colours
@@ -110,7 +113,7 @@ def draw_curves(students, path):
         ax.set_ylabel(of)
         ax.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
-    save_figure(path, fig)
+    save_figure(path, figure)
 
 
 def check_nothing_lost(path, students):

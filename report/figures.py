@@ -1,19 +1,8 @@
 """Figures go into files; the animated picture of a decode."""
-import os
-
 import numpy as np
 
 from data import PAD
 from plumbing.checkpoint import save_atomically
-
-
-def pyplot():
-    """matplotlib.pyplot for files alone, whatever a notebook has put into MPLBACKEND."""
-    os.environ["MPLBACKEND"] = "Agg"
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
 
 
 def forwards_axis(axes):
@@ -24,13 +13,12 @@ def forwards_axis(axes):
 
 
 def save_figure(path, figure):
-    """Writes a figure as PNG, and closes it."""
+    """Writes a figure (matplotlib.figure.Figure) as PNG."""
     def write(temporary):
         figure.savefig(temporary, format="png", dpi=130, facecolor="white")
 
     figure.tight_layout()
     save_atomically(path, write)
-    pyplot().close(figure)
 
 
 # --- The animated picture ---------------------------------------------------------------------
@@ -39,11 +27,11 @@ CELL, HEIGHT, ACROSS = 88, 30, 10  # pixels of a slot, slots in a line
 MOST = 11                           # characters of a word
 
 
-def write_gif(path, user, written, milliseconds=900):
+def write_gif(path, user, written):
     """Writes a picture (GIF) of a decode (denoise.Written) forward by forward: a slot is grey
     until the forward that writes it, and then has the colour of that forward."""
     frames = [frame(user, written, done) for done in range(len(written.ends) + 1)]
-    rest = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
+    rest = [900] * (len(frames) - 1) + [3600]                     # milliseconds
 
     def write(temporary):
         frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:],

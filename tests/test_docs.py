@@ -40,7 +40,7 @@ CODE = [path.relative_to(ROOT).as_posix() for folder in (".", "beauty", "experim
 RESULTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("results/**/*.json"))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SOURCE = re.compile(r"From \[[^\]]*\]\(([^)]+)\):$")
-STEPS = re.findall(r"\S+_steps|(?<=_steps )\d+", " ".join(TINY))  # whatever a page says
+FEW = re.findall(r"\S+(?:_steps|n_test)|(?<=_steps |n_test )\d+", " ".join(TINY))  # steps and users
 PROGRAMS = ("python", "python3", "make", "pytest", "torchrun")
 
 
@@ -310,7 +310,7 @@ def test_commands_run_as_they_stand(tmp_path, monkeypatch):
             m.setattr(trainer, "beauty_world", trainer.beauty_world)  # own_world.py changes both
             m.setattr(evaluate, "make_report", evaluate.make_report)
             options = ["0" if word == "0,1,2" else word for word in options]  # seeds
-            run_script(m, path, [*TINY, "--cft_gold", "true", *few, *options, *STEPS])
+            run_script(m, path, [*TINY, "--cft_gold", "true", *few, *options, *FEW])
     torch.set_num_threads(1)
 
 
