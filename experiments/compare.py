@@ -12,11 +12,9 @@ One tau is chosen there, and at that one the test users are decoded.
 
     runs/compare/<stages>-<key>/   the weights, and scores of what was decoded. The key is a
                                    checksum of all settings that the weights depend on
-    results/compare/<entry>.md     tables of the students, the claims and the curve; .json, .png
+    runs/compare/<entry>.md        tables of the students, the claims and the curve; .json, .png
 
-A comparison that was stopped goes on. The tables have everything that has finished with the same
-settings, whichever --seeds and --students were asked for. With other settings than the entry's,
-the names of the files have a checksum of these.
+A comparison that was stopped goes on: what has finished with the same settings is used.
 """
 import sys
 from pathlib import Path
@@ -64,7 +62,6 @@ class Options:
     students: Text() = "all"    # names with commas; those that they go on from come along
     parallel: Whole(1, 64) = 1  # trainings at a time. On two cores two of them with --threads 1
     #   make 1.3 times as many steps as one with two threads
-    into: Text() = "results/compare"  # the folder of the tables
 
 
 # --- Students -----------------------------------------------------------------------------------
@@ -329,12 +326,6 @@ def with_starts(entry, names):
     return [name for name in entry.students if name in wanted]
 
 
-def seeds_on_disk(job):
-    """The seeds that a student has a folder of, a set."""
-    names = [path.name for path in Path(folder(job.cfg)).glob("seed*")]
-    return {int(name[4:]) for name in names if name[4:].isdigit()}
-
-
 def main(cfg, options):
     entry = ENTRIES.get(options.entry)
     if not entry:
@@ -343,32 +334,22 @@ def main(cfg, options):
     if cfg.from_ or cfg.seed:
         raise UserError("leave out --from and --seed: every student of an entry says whom it goes "
                         "on from, and --seeds names the seeds")
-    asked = chosen_seeds(cfg, options.seeds)
-    names = with_starts(entry, options.students)
-    train_all([make_job(cfg, entry, name, seed) for name in names for seed in asked],
-              options.parallel)
+    names, seeds = with_starts(entry, options.students), chosen_seeds(cfg, options.seeds)
+    jobs = [make_job(cfg, entry, name, seed) for name in names for seed in seeds]
+    train_all(jobs, options.parallel)
 
     tests, students = {}, {}
-    for name in entry.students:
-        job = make_job(cfg, entry, name, 0)
-        for seed in sorted(seeds_on_disk(job) | set(asked)):
-            job = make_job(cfg, entry, name, seed)
-            if not has_finished(job):
-                continue
-            test, line = measure(entry, job)
-            tests.setdefault(name, {})[seed] = test
-            settings = {k: v for k, v in vars(job.cfg).items() if k not in NOT_COMPARED}
-            student = students.setdefault(name, {
-                "stages": job.stages, "start": entry.students[name].start,
-                "differs": entry.students[name].settings, "key": job.key,
-                "folder": job.cfg.run_dir, "users": len(test["valid"]), "settings": settings,
-                "seeds": {}})
-            student["seeds"][str(seed)] = line
-    same = {name: getattr(cfg, name) for name in NOT_COMPARED}
-    given = arguments(cfg, preset(cfg.config, **{**entry.settings, **same}))
-    if cfg.config != entry.config:
-        given = ["--config", cfg.config, *given]
-    write_result(cfg, options, entry, given, students, claims_of(cfg, entry, tests))
+    for job in jobs:
+        test, line = measure(entry, job)
+        tests.setdefault(job.name, {})[job.cfg.seed] = test
+        settings = {k: v for k, v in vars(job.cfg).items() if k not in NOT_COMPARED}
+        student = students.setdefault(job.name, {
+            "stages": job.stages, "start": entry.students[job.name].start,
+            "differs": entry.students[job.name].settings, "key": job.key,
+            "folder": job.cfg.run_dir, "users": len(test["valid"]), "settings": settings,
+            "seeds": {}})
+        student["seeds"][str(job.cfg.seed)] = line
+    write_result(cfg, options.entry, entry, students, claims_of(cfg, entry, tests))
 
 
 def expanded(argv):

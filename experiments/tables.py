@@ -1,13 +1,9 @@
 """What experiments/compare.py writes: the tables, the picture and the JSON of a comparison."""
-import json
 import os
-import shlex
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from plumbing.checkpoint import checksum, made_by
-from plumbing.settings import UserError
+from plumbing.checkpoint import made_by
 from report.figures import forwards_axis, save_figure
 from report.intervals import interval_text
 from report.table import write_json, write_text
@@ -86,7 +82,7 @@ def page_of(result, picture):
     return "\n\n".join([
         f"# {result['entry']}",
         result["question"],
-        f"    {result['command']}",
+        f"    {result['made_by']['command']}",
         f"Common settings: {', '.join(f'{k}={v}' for k, v in common.items())}. {result['users']} "
         f"test users. Each seed has a teacher of its own. A student is decoded {chosen}. N@10 is "
         "strict: an invalid answer counts 0. *copied*: valid answers in the order of the list. "
@@ -116,39 +112,15 @@ def draw_curves(students, path):
     save_figure(path, figure)
 
 
-def check_nothing_lost(path, students):
-    """Refuses to write over figures of the same settings that are not here, because another
-    machine has trained them, or their weights are gone."""
-    try:
-        old = json.loads(Path(path).read_text("utf-8"))["students"] if os.path.exists(path) else {}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: move it away, or write elsewhere with --into")
-    for name, there in old.items():
-        here = students.get(name, {"key": there["key"], "seeds": {}})
-        lost = ", ".join(sorted(there["seeds"].keys() - here["seeds"].keys()))
-        if lost and here["key"] == there["key"]:
-            raise UserError(f"{path} has {name} of seed {lost} with the same settings, and its "
-                            "weights are not here: train it too, or write elsewhere with --into")
-
-
-def write_result(cfg, options, entry, given, students, claims):
-    """Writes the three files, and prints the tables. given: the options of the command line that
-    change the entry, [--name, value, ...]."""
-    seeds = sorted({int(seed) for student in students.values() for seed in student["seeds"]})
-    command = ["python", "experiments/compare.py", options.entry, *given]
-    command += ["--seeds", ",".join(map(str, seeds))]
-    if len(students) < len(entry.students):
-        command += ["--students", ",".join(students)]
+def write_result(cfg, name, entry, students, claims):
+    """Writes the three files, and prints the tables."""
     one = next(iter(students.values()))
     result = {
-        "entry": options.entry, "question": entry.question, "command": shlex.join(command),
-        "config": one["settings"]["config"], "settings": entry.settings,
-        "forwards allowed": entry.forwards, "users": one["users"], "made_by": made_by(cfg),
-        "claims": claims, "students": students}
-    stem = options.entry + (f"-{checksum(given)[:8]}" if given else "")
-    path = os.path.join(options.into, stem)
-    check_nothing_lost(f"{path}.json", students)
-    page = page_of(result, f"{stem}.png")
+        "entry": name, "question": entry.question, "config": cfg.config,
+        "settings": entry.settings, "forwards allowed": entry.forwards, "users": one["users"],
+        "made_by": made_by(cfg), "claims": claims, "students": students}
+    path = os.path.join(cfg.run_dir, "compare", name)
+    page = page_of(result, f"{name}.png")
     write_json(f"{path}.json", result)
     write_text(f"{path}.md", page)
     draw_curves(students, f"{path}.png")
