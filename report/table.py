@@ -34,7 +34,6 @@ STAGES_SHOWN = [
     ("N@10", "strict ndcg@10", ".3f"),
     ("MRR", "strict mrr", ".3f"),
     ("N@10 − AR", "diff_to_ar ndcg@10", ""),
-    ("share of gain", "gain_share", ".1%"),
     ("valid", "valid", ".2%"),
     ("faithful", "faithful", ".1%"),
     ("identity", "identity", ".1%"),
@@ -49,25 +48,17 @@ MORE = [
     ("dropped", "dropped", ".2%"),
     ("out of set", "out_of_set", ".2%"),
     ("trace tokens", "trace_tokens", ".1f"),
-    ("R@3", "strict recall@3", ".3f"),
-    ("R@5", "strict recall@5", ".3f"),
-    ("N@3", "strict ndcg@3", ".3f"),
-    ("N@5", "strict ndcg@5", ".3f"),
     ("N@10 as served", "served ndcg@10", ".3f"),
-    ("± N@10, users", "se_users", ".4f"),
-    ("± N@10, seeds", "se_seeds", ".4f"),
     ("training s", "train_seconds", ".0f")]
 CURVE_SHOWN = [
     ("stage", "stage", ""),
     ("tau", "tau", ""),
     ("N@10", "strict ndcg@10", ".3f"),
-    ("± users", "se_users", ".3f"),
     ("valid", "valid", ".2%"),
     ("faithful", "faithful", ".1%"),
     ("forwards", "forwards", ".1f"),
     ("tokens per forward", "tokens_per_forward", ".2f")]
-IN_TERMINAL = ("stage", "R@1", "N@10", "share of gain", "valid", "faithful", "forwards",
-               "tokens per forward", "× AR, batch 1")
+IN_TERMINAL = ("stage", "R@1", "N@10", "valid", "faithful", "forwards", "× AR, batch 1")
 NOTHING = "–"
 
 
@@ -139,9 +130,6 @@ def make_row(seed, group, results, interval):
     row["tokens_per_forward"] = None
     if "forwards" in first.scores:
         row["tokens_per_forward"] = mean(group, "tokens") / mean(group, "forwards")
-    row["se_users"], row["se_seeds"] = standard_errors(group)
-
-    row["gain_share"] = gain_share(group, results)
     for name in COMPARED:
         found = {own: interval(differences(group, results, name, score))
                  for own, score in COMPARISONS.items() if partners(group, results, name)}
@@ -167,15 +155,6 @@ def mean(group, name):
     return float(np.mean([result.scores[name] for result in group]))
 
 
-def standard_errors(group):
-    """Standard errors of strict N@10: over users with the seeds as they are, and over seeds with
-    the users as they are (None of a single seed)."""
-    scores = np.array([result.scores["strict ndcg@10"] for result in group])  # (seeds, N)
-    k, n = scores.shape
-    of_users = float(scores.mean(0).std() / n ** 0.5)
-    return of_users, float(scores.mean(1).std(ddof=1) / k ** 0.5) if k > 1 else None
-
-
 def partners(group, results, name):
     """What a row is compared with: [(its scores, the scores of row `name`)], a pair for each seed.
 
@@ -193,17 +172,6 @@ def partners(group, results, name):
 def differences(group, results, name, score):
     """How much more a row scores than row `name`: (seeds, N)."""
     return np.array([own[score] - other[score] for own, other in partners(group, results, name)])
-
-
-def gain_share(group, results, score="strict ndcg@10"):
-    """The row's gain over the incoming order as a share of AR's gain, on the row's own seeds.
-
-    None where AR gains nothing."""
-    if not partners(group, results, "ar") or not partners(group, results, "prerank"):
-        return None
-    own_gain = differences(group, results, "prerank", score).mean()
-    ar_gain = own_gain - differences(group, results, "ar", score).mean()
-    return float(own_gain / ar_gain) if ar_gain > 1e-12 else None
 
 
 # --- The report and its files -----------------------------------------------------------------
@@ -346,16 +314,14 @@ def markdown(report):
         f"# {heading(report)}",
         f"Data: {report['source']}. Strict scores count an invalid answer as 0. All numbers are "
         "means over users and seeds. *N@10 − AR* has its 95 % interval over users and, of several "
-        "seeds, over seeds; where fewer than 50 users differ there is none. *share of gain*: the "
-        "gain in N@10 over the incoming order, as a share of AR's. *identity*: answers that repeat "
-        f"the incoming order.{same_text(report)}",
+        "seeds, over seeds; where fewer than 50 users differ there is none. *identity*: answers "
+        f"that repeat the incoming order.{same_text(report)}",
         f"Speed is that of {report['device']}, timed in turn with ar on the same prompts. Only ar, "
         "cft and lossless are timed: opd and rl are models of the same shape as cft, decoded by "
         "the same sampler, so a forward takes as long.",
         seeds_of_rows(report),
         table(STAGES_SHOWN, mean_rows(report)),
-        "What is wrong with invalid answers (shares of all answers; they may overlap), more "
-        "metrics, and standard errors:",
+        "What is wrong with invalid answers (shares of all answers; they may overlap), and more:",
         table(MORE, mean_rows(report))]
     if curve:
         paragraphs += [f"The curve over tau, on the first {curve[0]['n_users']} users:",
@@ -366,15 +332,13 @@ def markdown(report):
 def summary(report):
     """The table for a terminal of 80 columns."""
     columns = [column for column in STAGES_SHOWN if column[0] in IN_TERMINAL]
-    titles = [textwrap.wrap(title, 8) for title, _, _ in columns]
-    depth = max(map(len, titles))
-    lines = [[lines[i] if i < len(lines) else "" for lines in titles] for i in range(depth)]
+    lines = [[title for title, _, _ in columns]]
     for row in mean_rows(report):
-        lines.append([cell(row, keys, form.replace(".2%", ".1%")) for _, keys, form in columns])
+        lines.append([cell(row, keys, form) for _, keys, form in columns])
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     text = []
     for first, *others in lines:
         numbers = [f"{other:>{width}}" for other, width in zip(others, widths[1:])]
-        text.append("  ".join([f"{first:{widths[0]}}", *numbers]).rstrip())
+        text.append("  ".join([f"{first:{widths[0]}}", *numbers]))
     notes = filter(None, ["", seeds_of_rows(report)])
     return "\n".join([textwrap.fill(heading(report), 80), "", *text, "", *notes])

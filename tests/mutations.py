@@ -174,8 +174,7 @@ MUTATIONS = {
         ("if n_differ < MUST_DIFFER:", "if False:", "evaluate/few")],
     "report/table.py": [
         ("not other.on_curve and same_seed", "same_seed", "evaluate/curve"),
-        ("same_seed = own.seed == other.seed", "same_seed = True", "evaluate/mean_row"),
-        ("ar_gain = own_gain - diff", "ar_gain = own_gain + diff", "evaluate/mean_row")],
+        ("same_seed = own.seed == other.seed", "same_seed = True", "evaluate/mean_row")],
     "report/denoise.py": [
         ("n_forwards += int(part.forwards[0])", "n_forwards += 1", "show/counted"),
         ("elif about in seen:", "elif False:", "show/faults")],
