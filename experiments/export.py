@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing.checkpoint import checksum, load_stage, own_path, read_checkpoint, save_tensors
-from plumbing.processes import RANK
+from plumbing.checkpoint import checksum, load_stage, own_path, save_tensors
 from plumbing.script import script
 from plumbing.settings import Text, UserError
 from trainer import load_world
@@ -25,23 +24,19 @@ from trainer import load_world
 
 @dataclass(frozen=True)
 class Options:
-    to: Text() = ""  # the folder that gets them
+    to: Text() = "weights/new"  # the folder that gets them
 
 
 def main(cfg, options):
-    if RANK:  # of several processes one writes
-        return
-    if not options.to:
-        raise UserError("--to is missing: name a folder for the weights, such as weights/new")
     world, start = load_world(cfg), None
     there = dataclasses.replace(cfg, run_dir=options.to)
-    for stage in ("ar", "cft"):  # nothing is written before all is known to be right
-        load_stage(cfg, stage, world)
-        if os.path.exists(own_path(there, stage)):
-            raise UserError(f"{own_path(there, stage)} is there already: name another folder with "
-                            "--to, or delete it first")
-    for stage in ("ar", "cft"):
-        state, path = read_checkpoint(cfg, stage, world), own_path(there, stage)
+    # Both must have finished before one is written.
+    states = {stage: load_stage(cfg, stage, world)[1] for stage in ("ar", "cft")}
+    for stage, state in states.items():
+        path = own_path(there, stage)
+        if os.path.exists(path):
+            raise UserError(f"{path} is there already: name another folder with --to, or delete "
+                            "it first")
         state = {k: v for k, v in state.items() if k not in ("optimizers", "path")}
         state["model"] = {name: w.to(torch.bfloat16) for name, w in state["model"].items()}
         state["start"] = start or state["start"]  # CFT now begins with the rounded weights of AR

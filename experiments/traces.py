@@ -26,8 +26,7 @@ Or it writes a trace itself. Could that carry a code, beside what the rule deter
     paraphrase         with --wording: the trace says the same, its coins are thrown anew; share of
                        rankings that change
 
-All users are test users. Writes trace.json and trace.md to runs/<config>/. The last three stand in
-trace.json also for the last stage alone, at the top.
+All users are test users. Writes trace.json and trace.md to runs/<config>/.
 """
 import sys
 from pathlib import Path
@@ -55,9 +54,8 @@ from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES, toy_o
                        written_as_tokens)
 from trainer import BATCH, ar_decoder, block_decoder, decode_split, load_world, respond
 
-MEASURES = ("prompt edited", "traces exchanged", "falsified", "turned", "consistent")
-ROOM = ("capacity_bits", "cross_reader", "paraphrase")
-NAMES = MEASURES + ROOM
+NAMES = ("prompt edited", "traces exchanged", "falsified", "turned", "consistent",
+         "capacity_bits", "cross_reader", "paraphrase")
 CAPTION = """*capacity_bits*: at most so many bits does a trace carry beside what the rule
 determines, counted from the words that are not the rule's. *cross_reader*: N@10 where another
 seed's AR reads the trace, less that of the model itself, with its 95 % interval over users and
@@ -186,7 +184,7 @@ def capacity_bits(world, trace, wording):
 
 
 def room(cfg, world, writer, other):
-    """Whether a model's own traces carry more than they say: {name of ROOM: a number, but of the
+    """Whether a model's own traces carry more than they say: {name: a number, but of the
     cross-reader the differences (N,)}. other: the decoder that is the cross-reader, or None."""
     split = world.test
     (trace, own), _ = decode_split(cfg, world, split, writer)     # (N, R) each
@@ -241,8 +239,7 @@ def main(cfg, options):
     lines = [line_of(stage, of_stage, len(world.test)) for stage, of_stage in found.items()]
     rows = [[line["stage"], *(cell(name, line[name]) for name in NAMES)] for line in lines]
     text = table(["stage", *NAMES], rows)
-    last = {name: lines[-1][name] for name in ROOM}
-    result = {"config": cfg.config, "made_by": made_by(cfg), **last, "stages": lines}
+    result = {"config": cfg.config, "made_by": made_by(cfg), "stages": lines}
     write_json(folder(cfg, "trace.json"), result)
     write_text(folder(cfg, "trace.md"), f"{text}\n\n{CAPTION}\n")
     print(text)

@@ -1,25 +1,21 @@
 """A page that plays how responses are written, forward by forward: AR beside a student.
 
     python -m report.html --config toy
-    python -m report.html --config toy --user 7 --users 1 --taus 0.5,1.0
 
 Writes runs/<config>/decode.html, one file for any browser, without a network; and denoising.gif,
-how the last student writes the first of these users. The page has what the AR teacher wrote, and
-its students at several thresholds: the teacher's weights in the block sampler (naive), CFT, and
-the last stage that has finished.
+how the last student writes the first test user. The page has what the AR teacher wrote to three
+test users, and its students at several thresholds: the teacher's weights in the block sampler
+(naive), CFT, and the last stage that has finished.
 """
 import json
 import os
-from dataclasses import dataclass
 
 import numpy as np
 
 from config import folder
 from data import HISTORY, LABEL, LAST, PAD
 from plumbing.checkpoint import finished_stages
-from plumbing.processes import RANK
 from plumbing.script import script
-from plumbing.settings import Numbers, UserError, Whole
 from report.denoise import (checked, missing, truth, user_of, verdict, write, wrong_labels)
 from report.figures import write_gif
 from report.table import device_name, write_text
@@ -28,13 +24,8 @@ from trainer import ar_decoder, block_decoder, load_world
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 MARK = "@DATA@"  # where the data go in page.html
 ITEM = 3         # tokens of an item in a history, in both worlds
-
-
-@dataclass(frozen=True)
-class Options:
-    user: Whole(1, 10 ** 9) = 1  # the first test user on the page
-    users: Whole(1, 10) = 3      # how many users
-    taus: Numbers(above=0, high=1) = (0.3, 0.9)  # thresholds, beside tau itself
+USERS = 3        # the first test users
+TAUS = 0.3, 0.9  # thresholds, beside tau itself
 
 
 def response_data(user, written):
@@ -91,24 +82,19 @@ def page_of(data):
     return before + text.replace("<", "\\u003c") + after  # no word of the data ends the script
 
 
-def main(cfg, options):
-    if RANK:  # of several processes one decodes
-        return
+def main(cfg):
     world = load_world(cfg)
-    first = options.user - 1
-    if first >= len(world.test):
-        raise UserError(f"--user {options.user}: there are {len(world.test)} test users")
     stages = {stage: model for stage, (model, _) in finished_stages(cfg, world).items()}
     last = list(stages)[-1]
     models = {stage: model for stage, model in stages.items() if stage in ("ar", "cft", last)}
-    taus = sorted({cfg.tau, *options.taus})
+    taus = sorted({cfg.tau, *TAUS})
 
     users = []
-    for n in range(first, min(first + options.users, len(world.test))):
+    for n in range(min(USERS, len(world.test))):
         user = user_of(world, n)
         ar, students = decodes(cfg, world, models, n, taus)
         users.append(user_data(user, n + 1, ar, students))
-        if n == first:
+        if n == 0:
             shown = students["naive" if last == "ar" else last][cfg.tau]
             write_gif(folder(cfg, "denoising.gif"), user, shown)
     data = {"title": f"{cfg.config}, seed {cfg.seed}", "device": device_name(cfg),
@@ -118,4 +104,4 @@ def main(cfg, options):
 
 
 if __name__ == "__main__":
-    script(main, __doc__, Options)
+    script(main, __doc__)

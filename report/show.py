@@ -43,14 +43,13 @@ def lines_of(user, number, responses):
     """All lines about a user and the responses, a list of denoise.Written."""
     lines = ["", f"--- user {number}: {len(user.candidates)} candidates ---"]
     lines += wrapped(user.text(user.history), "")
-    for about in [PROFILE, *user.candidates]:
+    said = [written.tokens[slots[0]]
+            for written in responses for slots, _ in checked(user, written)]
+    for about in dict.fromkeys([PROFILE, *user.candidates, *said]):
         shown = user.text(user.candidates.get(about, [about]))
         lines += ["", shown + star(user, about)]
         for written in responses:
             lines += statements_about(user, written, about)
-    others = [line for written in responses for line in other_statements(user, written)]
-    if others:
-        lines += ["", "statements about nothing that is listed", *others]
     lines += ["", "answer"]
     for written in responses:
         lines += answer_lines(user, written)
@@ -58,30 +57,18 @@ def lines_of(user, number, responses):
 
 
 def statements_about(user, written, about):
-    """The lines of a response about a label or <profile>, given as its token."""
+    """The lines of a response about a label, <profile> or another token that a statement begins
+    with."""
     lines = []
     for slots, fault in checked(user, written):
         if written.tokens[slots[0]] == about:
-            lines += statement_lines(user, written, slots, fault)
+            text = " ".join(token_text(user, written, slot) for slot in slots)
+            if fault:
+                text += f"   ({fault})"
+            lines += wrapped(text, f"  {written.name:5} {MARKS[not fault]} ")
     if about in missing(user, written):
         lines.append(f"  {written.name:5} ✗ nothing")
     return lines
-
-
-def other_statements(user, written):
-    """The lines of statements about nothing that the prompt shows."""
-    lines = []
-    for slots, fault in checked(user, written):
-        if written.tokens[slots[0]] not in (PROFILE, *user.candidates):
-            lines += statement_lines(user, written, slots, fault)
-    return lines
-
-
-def statement_lines(user, written, slots, fault):
-    text = " ".join(token_text(user, written, slot) for slot in slots)
-    if fault:
-        text += f"   ({fault})"
-    return wrapped(text, f"  {written.name:5} {MARKS[not fault]} ")
 
 
 def answer_lines(user, written):

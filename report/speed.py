@@ -47,8 +47,7 @@ def job(cfg, world, decoder, batch):
 
 def speeds(cfg, world, decoders, seconds):
     """Times the decoders {row: decoder}, one of which is "ar", for so many seconds at each batch
-    size: {row: {"latency_ms": of a single response, "tokens_per_s_b1", "speedup_b1", the same with
-    b64}}.
+    size: {row: {"latency_ms": of a single response, "speedup_b1", "speedup_b64"}}.
 
     All are medians over rounds. A speed-up is that of tokens a second over AR's in the same round.
     The prompt's forward counts."""
@@ -60,7 +59,6 @@ def speeds(cfg, world, decoders, seconds):
         for row, found in times.items():
             if batch == 1:
                 found["latency_ms"] = 1000 * float(np.median(taken[row][:, 0]))
-            found[f"tokens_per_s_b{batch}"] = float(np.median(rate[row]))
             # A round in which AR writes nothing has no ratio.
             ratio = rate[row] / np.where(rate["ar"] > 0, rate["ar"], np.nan)
             found[f"speedup_b{batch}"] = float(np.median(ratio))

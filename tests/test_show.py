@@ -88,7 +88,7 @@ L2 b ★
   ar    ✓ L2 b b
   cft   ✗ nothing
 
-statements about nothing that is listed
+L4
   cft   ✗ L4₂ b₂   (there should be no such statement)
 
 answer
