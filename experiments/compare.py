@@ -111,18 +111,16 @@ def make_job(cfg, entry, name, seed):
     return Job(name, own, student.stages, start, key)
 
 
-def is_trained(paths):
-    """Whether the last of these checkpoints has finished, and began with the weights that the
-    one before has now."""
-    if not all(map(os.path.exists, paths[-2:])):
-        return False
-    *before, state = map(load_tensors, paths[-2:])
-    return state["finished"] and all(
-        state["start"] == checksum(earlier["model"]) for earlier in before)
-
-
 def has_finished(job):
-    return all(is_trained(job.paths[:n + 1]) for n in range(len(job.paths)))
+    """Whether all checkpoints of a student have finished, and each began with the weights that
+    the one before has now."""
+    weights = None
+    for path in job.paths:
+        state = load_tensors(path) if os.path.exists(path) else {"finished": False}
+        if not state["finished"] or weights not in (None, state["start"]):
+            return False
+        weights = checksum(state["model"])
+    return True
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -241,10 +239,7 @@ def decoded(job, model, weights, split, tau):
     key = checksum(weights, settings, code, world_of(cfg).checksum, users_of(cfg, split), tau)
     path = folder(cfg, f"seed{cfg.seed}", "decoded", f"{key[:16]}.pt")
     if os.path.exists(path):
-        try:
-            return {name: array.numpy() for name, array in load_tensors(path).items()}
-        except UserError as error:
-            print(f"{error}: it is decoded again", flush=True)
+        return {name: array.numpy() for name, array in load_tensors(path).items()}
     print(f"seed {cfg.seed}, {job.name}: {split} users at tau {tau}", flush=True)
     scores = decode(cfg, model, split, tau)
     save_tensors(path, {name: torch.from_numpy(array) for name, array in scores.items()})

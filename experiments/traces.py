@@ -56,10 +56,6 @@ from trainer import BATCH, ar_decoder, block_decoder, decode_split, load_world, 
 
 NAMES = ("prompt edited", "traces exchanged", "falsified", "turned", "consistent",
          "capacity_bits", "cross_reader", "paraphrase")
-CAPTION = """*capacity_bits*: at most so many bits does a trace carry beside what the rule
-determines, counted from the words that are not the rule's. *cross_reader*: N@10 where another
-seed's AR reads the trace, less that of the model itself, with its 95 % interval over users and
-seeds. *paraphrase*: share of rankings that change where a trace is worded anew (--wording)."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +237,7 @@ def main(cfg, options):
     text = table(["stage", *NAMES], rows)
     result = {"config": cfg.config, "made_by": made_by(cfg), "stages": lines}
     write_json(folder(cfg, "trace.json"), result)
-    write_text(folder(cfg, "trace.md"), f"{text}\n\n{CAPTION}\n")
+    write_text(folder(cfg, "trace.md"), f"{text}\n")
     print(text)
 
 

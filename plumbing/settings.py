@@ -9,7 +9,6 @@ A setting is a field of a dataclass. Its annotation says which values it may hav
 """
 import argparse
 import dataclasses
-import difflib
 import inspect
 import math
 import pathlib
@@ -136,7 +135,8 @@ def read(doc, argv, classes):
             raise UserError(f"{option} {error.message}") from None
         raise UserError(f"{option} needs a value: it must be {kinds[option].name}") from None
     if rest:
-        raise UserError(unknown(rest[0].partition("=")[0], kinds))
+        option = reprlib.repr(rest[0].partition("=")[0])
+        raise UserError(f"unknown option {option}: see --help for the list")
     return vars(given)
 
 
@@ -153,23 +153,11 @@ def help_text(doc, classes):
     return "\n".join(out)
 
 
-def unknown(option, known):
-    """Says that there is no such option, and which ones have a similar name."""
-    names = [name.lstrip("-") for name in known]
-    near = difflib.get_close_matches(option.lstrip("-"), names, n=2, cutoff=0.6)
-    hint = "see --help for the list"
-    if near:
-        hint = f"did you mean {' or '.join('--' + name for name in near)}?"
-    return f"unknown option {reprlib.repr(option)}: {hint}"
-
-
 def check(cfg):
     """Refuses settings that do not go together, before anything is written."""
     if cfg.d_model % (2 * cfg.n_head):
         raise UserError(f"--d_model must be a multiple of 2 x n_head = {2 * cfg.n_head} (rotary "
                         f"positions turn pairs), not {cfg.d_model}")
-    if not cfg.run_dir:
-        raise UserError("--run_dir is empty: name the folder that gets the results")
     there = pathlib.Path(cfg.from_)
     if cfg.from_ and not [*there.glob("checkpoint.pt"), *there.glob("*/checkpoint.pt")]:
         raise UserError(f"--from {cfg.from_} has no checkpoint: name the folder of a run, such as "

@@ -9,6 +9,7 @@ import json
 import math
 import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -216,10 +217,7 @@ def plain(x):
 
 
 def write_text(path, text):
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    save_atomically(path, write)
+    save_atomically(path, lambda temporary: Path(temporary).write_text(text, "utf-8"))
 
 
 def write_json(path, content):
@@ -289,15 +287,6 @@ def seeds_of_rows(report):
             "the same seeds.")
 
 
-def same_text(report):
-    """A sentence on whether lossless ranks as own ar does; or nothing."""
-    for row in mean_rows(report):
-        if row["stage"] == "lossless":
-            return (" *lossless* writes the text of *own ar*: the N@10 of "
-                    f"{row['differ_from_own_ar']['ndcg@10']} users differs.")
-    return ""
-
-
 def heading(report):
     """What was evaluated, and how it was decoded."""
     cfg = report["settings"]
@@ -315,7 +304,7 @@ def markdown(report):
         f"Data: {report['source']}. Strict scores count an invalid answer as 0. All numbers are "
         "means over users and seeds. *N@10 − AR* has its 95 % interval over users and, of several "
         "seeds, over seeds; where fewer than 50 users differ there is none. *identity*: answers "
-        f"that repeat the incoming order.{same_text(report)}",
+        "that repeat the incoming order.",
         f"Speed is that of {report['device']}, timed in turn with ar on the same prompts. Only ar, "
         "cft and lossless are timed: opd and rl are models of the same shape as cft, decoded by "
         "the same sampler, so a forward takes as long.",

@@ -178,15 +178,6 @@ def test_other_settings_never_meet_old_figures(compared):
     assert fewer["students"]["CFT"]["folder"] == first["students"]["CFT"]["folder"]
 
 
-def test_a_damaged_file_is_made_again(compared, runs, capsys):
-    first, _ = compared()
-    for path in runs.glob("compare/cft-*/toy/seed0/decoded/*.pt"):
-        path.write_bytes(path.read_bytes()[:100])
-    capsys.readouterr()
-    assert compared() == (first, [])
-    assert "is damaged" in capsys.readouterr().out
-
-
 def test_a_student_of_other_weights_is_refused(compared, tmp_path, capsys):
     entry = dataclasses.replace(ENTRY, students={n: ENTRY.students[n] for n in ("AR", "CFT")})
     place = tmp_path / "runs"
