@@ -1,10 +1,10 @@
 """Every published commit rule on one task: which slots of a block are committed in a step?
 
-    python experiments/rules.py --config toy --seeds 0,1,2 --n_test 300
+    python experiments/rules.py --config toy --seeds 0,1,2
 
 Each rule has one dial. The CFT student is decoded greedily at every value of it, on the same test
-users. Nothing is chosen: the whole curves are the result. Writes rules.json and rules.png to
-runs/<config>/. An entry of rules.json:
+users. Nothing is chosen: the whole curves are the result. Writes results/rules.json, where the
+entries of other configs stay, and results/rules.png. An entry:
 
     rule      threshold (the paper), factor, certificate, entropy, stability, conflicts, apart
               (ours), number (a fixed number of slots a step; 1: the surest one alone), or
@@ -29,16 +29,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
-from config import folder
 from data import EOS, LABEL, MASK, after_first, examples_of, joined, tensors
 from evaluate import score
 from ours.commit import Apart
 from plumbing.checkpoint import device_of, load_stage, made_by
 from plumbing.script import script
-from plumbing.settings import Text, UserError
-from report.figures import forwards_axis, save_figure
+from plumbing.settings import Text, UserError, Whole
+from report.figures import forwards_axis, pyplot, save_figure
 from report.table import chosen_seeds, plain, write_text
 from sampler import Threshold, block_decode
 from trainer import decode_split, load_world, rng_for, sampling_on
@@ -46,7 +44,9 @@ from trainer import decode_split, load_world, rng_for, sampling_on
 
 @dataclass(frozen=True)
 class Options:
-    seeds: Text() = ""  # such as 0,1,2; empty: that of --seed
+    seeds: Text() = ""              # such as 0,1,2; empty: that of --seed
+    users: Whole(1, 10 ** 6) = 500  # test users, at most
+    into: Text() = "results"        # the folder of rules.json and rules.png
 
 
 # --- The rules: choose(logp (N, B, V), open_ (N, B), forced (N, B)) -> (N, B), as in sampler.py --
@@ -176,36 +176,36 @@ def rules_of(cfg):
 
 # --- The measurement ----------------------------------------------------------------------------
 
-def point(world, tokens, forwards):
+def point(world, split, tokens, forwards):
     """[forwards, valid, N@10] of responses (N, R)."""
-    scores = score(world, world.test, tokens, forwards)
+    scores = score(world, split, tokens, forwards)
     return [scores[name].mean() for name in ("forwards", "valid", "strict ndcg@10")]
 
 
-def by_rule(cfg, world, model, rule):
+def by_rule(cfg, world, split, model, rule):
     def decoder(prompt, max_len):
         return block_decode(model, prompt, max_len, cfg.block_size, rule)
-    written, forwards = decode_split(cfg, world, world.test, decoder)
-    return point(world, joined(written), forwards)
+    written, forwards = decode_split(cfg, world, split, decoder)
+    return point(world, split, joined(written), forwards)
 
 
-def at_once(cfg, world, model, temperature):
+def at_once(cfg, world, split, model, temperature):
     """The point of answers to the reference traces, each written in one forward."""
     device, max_len = device_of(cfg), world.longest[cfg.trace][-1]
-    examples = examples_of(world.test, cfg.trace)[-1]
-    prompt, _ = tensors(examples, range(len(world.test)), device)  # (N, P)
+    prompt, _ = tensors(examples_of(split, cfg.trace)[-1], range(len(split)), device)  # (N, P)
     sampling = sampling_on(device, temperature, rng_for(cfg, "at once", 0))
     done = block_decode(model, prompt, max_len, max_len, Number(max_len), sampling)
-    return point(world, done.tokens.cpu().numpy(), done.forwards.cpu().numpy())
+    return point(world, split, done.tokens.cpu().numpy(), done.forwards.cpu().numpy())
 
 
 def measured(cfg, options):
     """The entries of a config, a dict for each rule."""
     world, seeds, points = load_world(cfg), chosen_seeds(cfg, options.seeds), {}
+    split = world.test.take(slice(0, options.users))
     rules, temperatures = rules_of(cfg), (0.0, 1.0)
     for seed in seeds:
         of_seed = dataclasses.replace(cfg, seed=seed)
-        asked = of_seed, world, load_stage(of_seed, "cft", world)[0]
+        asked = of_seed, world, split, load_stage(of_seed, "cft", world)[0]
         for name, found in rules.items():
             points.setdefault(name, []).append([by_rule(*asked, rule) for rule in found])
             print(f"seed {seed}, {name}: done", flush=True)
@@ -214,21 +214,24 @@ def measured(cfg, options):
     dials = {name: [next(iter(vars(rule).values())) for rule in found]
              for name, found in rules.items()}
     dials["at once"], made = temperatures, made_by(cfg)
-    return [{"config": cfg.config, "rule": name, "seeds": seeds, "users": len(world.test),
+    return [{"config": cfg.config, "rule": name, "seeds": seeds, "users": len(split),
              "dial": dials[name], "points": np.mean(of_seeds, axis=0).tolist(), "made_by": made}
             for name, of_seeds in points.items()]
 
 
 def drawn(entries):
-    """The figure: a line for each rule."""
-    figure = Figure(figsize=(6, 4.5))
-    axes = figure.subplots()
-    for entry in entries:
-        if entry["rule"] != "at once":
-            forwards, valid, _ = zip(*entry["points"])
-            axes.plot(forwards, [100 * x for x in valid], "o-", ms=4, lw=1.2, label=entry["rule"])
-    axes.set(title=entry["config"], ylabel="valid answers, %")
-    forwards_axis(axes)
+    """The figure: a panel for each config, a line for each rule."""
+    configs = list(dict.fromkeys(entry["config"] for entry in entries))
+    figure, (panels,) = pyplot().subplots(1, len(configs), figsize=(6 * len(configs), 4.5),
+                                          squeeze=False)
+    for axes, config in zip(panels, configs):
+        for entry in entries:
+            if entry["config"] == config and entry["rule"] != "at once":
+                forwards, valid, _ = zip(*entry["points"])
+                axes.plot(forwards, [100 * x for x in valid], "o-", ms=4, lw=1.2,
+                          label=entry["rule"])
+        axes.set(title=config, ylabel="valid answers, %")
+        forwards_axis(axes)
     axes.legend(fontsize=8)
     return figure
 
@@ -237,11 +240,13 @@ def main(cfg, options):
     if cfg.trace == "free":
         raise UserError("with --trace free an answer is no request of its own, and cannot be "
                         "written at once: use a run with --trace bound")
-    entries = plain(measured(cfg, options))
-    path = folder(cfg, "rules")
-    write_text(f"{path}.json", "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
-    save_figure(f"{path}.png", drawn(entries))
-    print(f"written: {path}.json and .png")
+    path, entries = Path(options.into, "rules.json"), plain(measured(cfg, options))
+    there = json.loads(path.read_text("utf-8")) if path.exists() else []
+    entries += [entry for entry in there if entry["config"] != cfg.config]
+    entries.sort(key=lambda entry: entry["config"], reverse=True)  # toy before small
+    write_text(path, "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
+    save_figure(path.with_suffix(".png"), drawn(entries))
+    print(f"written: {path} and .png")
 
 
 if __name__ == "__main__":

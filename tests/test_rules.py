@@ -102,11 +102,13 @@ def test_stability_waits_for_two_calm_steps_and_knows_its_rows():
 def test_the_file_of_curves(tmp_path, monkeypatch, capsys):
     for module in (train_ar, train_cft):
         run(module, monkeypatch, tmp_path, "--cft_gold", "true")
+    other = {"config": "small", "rule": "factor", "points": [[1, 0.5, 0.5]]}
+    (tmp_path / "rules.json").write_text(json.dumps([other, {"config": "toy", "rule": "gone"}]))
     fastest = {name: found[-1:] for name, found in rules.rules_of(Config()).items()}
     monkeypatch.setattr(rules, "rules_of", lambda cfg: fastest)
-    run(rules, monkeypatch, tmp_path, "--cft_gold", "true")
-    found = json.loads((tmp_path / "toy" / "rules.json").read_text())
-    assert (tmp_path / "toy" / "rules.png").exists()
+    run(rules, monkeypatch, tmp_path, "--cft_gold", "true", "--into", str(tmp_path))
+    *found, last = json.loads((tmp_path / "rules.json").read_text())
+    assert last == other and (tmp_path / "rules.png").exists()
     assert {x["rule"] for x in found} == {*fastest, "at once"}
     for x in found:
         assert x["config"] == "toy" and x["seeds"] == [0] and len(x["made_by"]["code"]) == 12
