@@ -6,12 +6,11 @@ import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from config import Config
+from conftest import refusal
 from plumbing import checkpoint as ck
-from plumbing.settings import UserError
 
 TINY = Config(n_layer=1, n_head=1, d_model=8, block_size=4, device="cpu")
 
@@ -50,14 +49,6 @@ def begin(cfg, stage):
 
 def same(a, b):
     return ck.checksum(a) == ck.checksum(b)
-
-
-def refusal(function, *args):
-    """The sentence with which something is refused."""
-    with pytest.raises(UserError) as refused:
-        function(*args)
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
-    return str(refused.value)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -187,18 +178,6 @@ def test_a_run_goes_on_only_as_it_began(tmp_path):
         assert f"another version of {file}" in refusal(train, cfg, "cft")
     ck.save_tensors(path, {**state, "optimizers": []})  # a finished stage needs none
     train(cfg, "cft")
-
-
-def test_again_trains_anew_and_keeps_the_old_file_until_it_saves(tmp_path):
-    cfg = replace(TINY, run_dir=str(tmp_path))
-    again = replace(cfg, again=True, ar_lr=0.5)
-    old = train(cfg, "ar")
-    model = ck.new_model(again, WORLD)
-    assert ck.resume(again, "ar", model, [], WORLD, "") == (0, 0.0, False)
-    assert same(ck.load_stage(cfg, "ar", WORLD)[0].state_dict(), old)
-    new = train(again, "ar", 5, 5)
-    assert not same(old, new)
-    assert same(ck.load_stage(again, "ar", WORLD)[0].state_dict(), new)
 
 
 def found(cfg, stage):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT  # first: it puts the project on Python's path
+from conftest import ROOT, refusal  # first: it puts the project on Python's path
 
 import scripts
 import toy.world
@@ -30,15 +30,6 @@ class Own:
 
     def method(self):
         pass
-
-
-def refusal(argv):
-    """The sentence with which a command line is refused."""
-    with pytest.raises(UserError) as refused:
-        parse_args("", argv)
-    sentence = str(refused.value)
-    assert sentence and "\n" not in sentence and len(sentence) < 300
-    return sentence
 
 
 def test_kinds_take_and_refuse_values():
@@ -86,8 +77,9 @@ def test_a_command_line_that_cannot_work_gets_one_sentence(tmp_path):
     if not torch.cuda.is_available():
         cases.append(("--device cuda", "--device cuda asks for a GPU, and torch sees none"))
     for line, expected in cases:
-        assert refusal(line.split()).startswith(expected)
-    assert "not 'many\\nmore'" in refusal(["--cft_steps", "many\nmore"])
+        assert refusal(parse_args, "", line.split()).startswith(expected)
+    assert "not 'many\\nmore'" in refusal(
+        parse_args, "", ["--cft_steps", "many\nmore"])
 
 
 def test_presets_and_what_overrides_them(tmp_path):
