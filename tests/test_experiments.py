@@ -219,16 +219,6 @@ def test_the_operating_point_keeps_to_the_forwards():
         assert compare.operating_tau(curve, 0.9, allowed) == tau
 
 
-def test_nobody_is_trained_before_the_one_that_he_goes_on_from(monkeypatch):
-    order = []
-    monkeypatch.setattr(compare, "train", lambda job, start: (
-        start and start.result(), order.append(job.name)))
-    jobs = [compare.make_job(Config(**TINY), ENTRY, name, 0) for name in ENTRY.students]
-    compare.train_all(jobs, 3)
-    for job in jobs:
-        assert not job.start or order.index(job.start.name) < order.index(job.name)
-
-
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries_say_what_the_scripts_understand(name):
     entry, folders = ENTRIES[name], {}

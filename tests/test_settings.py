@@ -59,18 +59,14 @@ def test_a_command_line_that_cannot_work_gets_one_sentence(tmp_path):
         ("--config toyy", f"--config must be one of {', '.join(PRESETS)}, not 'toyy'"),
         ("--threads x", "--threads must be a whole number at least 1 and at most 256, not 'x'"),
         ("--cft_step 3", "unknown option '--cft_step': did you mean --cft_steps"),
-        ("--cft_step=3", "unknown option '--cft_step': did you mean --cft_steps"),
         ("--zzqq 3", "unknown option '--zzqq': see --help for the list"),
-        ("cft_steps 3", "unknown option 'cft_steps': did you mean --cft_steps"),
         ("--tau 0.5 -5", "unknown option '-5'"),
         ("--from_ x", "unknown option '--from_': did you mean --from?"),
         ("--help=3", "unknown option '--help'"),
         ("--cft_steps", f"--cft_steps needs a value: it must be {whole}"),
         ("--cft_steps --seed 3", f"--cft_steps needs a value: it must be {whole}"),
         ("--cft_steps -1", f"--cft_steps must be {whole}"),
-        ("--cft_steps=-1", f"--cft_steps must be {whole}"),
         ("--tau -1e-3", "--tau must be a number above 0 and at most 1, not '-1e-3'"),
-        ("--tau -inf", "--tau must be a number above 0 and at most 1, not '-inf'"),
         ("--d_model 18 --n_head 4", "--d_model must be a multiple of 2 x n_head = 8"),
         ("--run_dir=", "--run_dir is empty: name the folder that gets the results"),
         (f"--from {tmp_path}", f"--from {tmp_path} has no checkpoint: name the folder of a run")]
@@ -112,11 +108,9 @@ def test_a_stage_depends_on_its_settings_and_on_those_before_it():
     assert RUNTIME < names
     before = set()
     for i, stage in enumerate(STAGES):
-        now = set(settings_of(Config(), stage))
-        assert before < now
-        for other in STAGES:
-            own = {name for name in names if name.startswith(other + "_")}
-            assert own <= now if other in STAGES[:i + 1] else not own & now
+        now = settings_of(Config(), stage).keys()
+        assert before < now and not any(name.startswith(STAGES[i + 1:]) for name in now)
+        assert {name for name in names if name.startswith(stage + "_")} < now
         assert ("block_size" in now) == (stage != "ar")
         assert ("commit" in now) == (stage in ("opd", "rl"))  # the rule of their roll-outs
         before = now
