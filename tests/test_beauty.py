@@ -323,9 +323,6 @@ def test_the_world_is_kept_and_refused_when_a_setting_or_the_data_changes(tmp_pa
         assert world_of(tmp_path).checksum != first.checksum
         path.write_text(text)
     assert same_world(world_of(tmp_path), first)
-    with open(tmp_path / "sequences.txt", "a") as file:
-        file.write("121 1 2\n")
-    assert world_of(tmp_path).notes["skipped_users"] == first.notes["skipped_users"] + 1
 
 
 def test_other_ids_give_the_same_world_and_numbers_are_shuffled(tmp_path):
@@ -380,7 +377,6 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path):
             ("", "items.tsv is empty"),
             (f"{ITEM}\n", "items.tsv, line 1: expected the header"),
             (f"{HEADER}\n1\tA1\tOPI\n", "line 2: expected item_id <tab> asin"),
-            (f"{HEADER}\n{ITEM} >  > x\n", "line 2: expected item_id"),
             (f"{HEADER}\n\tA1\tOPI\tB\n", "line 2: expected item_id"),
             (f"{HEADER}\n{ITEM}\n1\tA2\t\tB\n", "line 3: 1 is there twice"),
             (f"{HEADER}\n{ITEM}\n2\tA1\t\tB\n", "line 3: A1 is there twice"),
@@ -390,7 +386,6 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path):
     for bad, expected in (
             ("", "sequences.txt is empty"),
             ("7 1 2\n8\n", "line 2: expected a user id"),
-            ("7 1 2\n\n", "line 2: expected a user id"),
             ("7 1 2\n8 1 3\n", "line 2: items.tsv lacks the item '3'"),
             ("7 1 2\n7 1 2\n", "line 2: the user 7 is there twice"),
             ("7 1 2\n", "has no user with 3 or more items")):

@@ -174,15 +174,6 @@ def test_other_settings_never_meet_old_figures(compared, tmp_path):
     assert fewer["students"]["CFT"]["folder"] == first["students"]["CFT"]["folder"]
 
 
-def test_a_damaged_file_is_made_again(compared, runs, capsys):
-    first, _ = compared()
-    for path in runs.glob("compare/cft-*/toy/seed0/decoded/*.pt"):
-        path.write_bytes(path.read_bytes()[:100])
-    capsys.readouterr()
-    assert compared() == (first, [])
-    assert "is damaged" in capsys.readouterr().out
-
-
 def test_some_seeds_or_students_keep_the_others(compared, tmp_path, capsys):
     both, _ = compared("--seeds", "0,1")
     one, trained = compared("--seeds", "1", "--students", "CFT")
