@@ -399,8 +399,7 @@ def test_exported_weights_are_small_and_go_on(monkeypatch, capsys, teacher_and_s
     rounded = {name: w.float() for name, w in given["ar"]["model"].items()}
     assert given["cft"]["start"] == checksum(rounded)
     run(train_opd, monkeypatch, place, *tiny)                       # a script goes on from them
-    assert "is there already" in refused(
-        capsys, run, export, monkeypatch, teacher_and_student, *to)
+    assert "is there already" in refused(capsys, run, export, monkeypatch, teacher_and_student, *to)
 
 
 # --- own_world.py -------------------------------------------------------------------------------

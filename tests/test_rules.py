@@ -96,5 +96,4 @@ def test_the_file_of_curves(tmp_path, monkeypatch, capsys):
         assert x["config"] == "toy" and x["seeds"] == [0] and len(x["made_by"]["code"]) == 12
         assert len(x["points"]) == len(x["dial"]) and all(len(y) == 3 for y in x["points"])
     assert [forwards for forwards, _, _ in found[-1]["points"]] == [1, 1]
-    assert "--trace bound" in refused(
-        capsys, run, rules, monkeypatch, tmp_path, "--trace", "free")
+    assert "--trace bound" in refused(capsys, run, rules, monkeypatch, tmp_path, "--trace", "free")

@@ -74,8 +74,7 @@ def test_a_command_line_that_cannot_work_gets_one_sentence(tmp_path):
         cases.append(("--device cuda", "--device cuda asks for a GPU, and torch sees none"))
     for line, expected in cases:
         assert refusal(parse_args, "", line.split()).startswith(expected)
-    assert "not 'many\\nmore'" in refusal(
-        parse_args, "", ["--cft_steps", "many\nmore"])
+    assert "not 'many\\nmore'" in refusal(parse_args, "", ["--cft_steps", "many\nmore"])
 
 
 def test_presets_and_what_overrides_them(tmp_path):
