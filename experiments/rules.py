@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from data import EOS, LABEL, MASK, after_first, examples_of, joined, tensors
 from evaluate import score
@@ -36,7 +37,7 @@ from ours.commit import Apart
 from plumbing.checkpoint import device_of, load_stage, made_by
 from plumbing.script import script
 from plumbing.settings import Text, UserError, Whole
-from report.figures import forwards_axis, pyplot, save_figure
+from report.figures import forwards_axis, save_figure
 from report.table import chosen_seeds, plain, write_text
 from sampler import Threshold, block_decode
 from trainer import decode_split, load_world, rng_for, sampling_on
@@ -222,8 +223,8 @@ def measured(cfg, options):
 def drawn(entries):
     """The figure: a panel for each config, a line for each rule."""
     configs = list(dict.fromkeys(entry["config"] for entry in entries))
-    figure, (panels,) = pyplot().subplots(1, len(configs), figsize=(6 * len(configs), 4.5),
-                                          squeeze=False)
+    figure = Figure(figsize=(6 * len(configs), 4.5))
+    (panels,) = figure.subplots(1, len(configs), squeeze=False)
     for axes, config in zip(panels, configs):
         for entry in entries:
             if entry["config"] == config and entry["rule"] != "at once":

@@ -26,7 +26,8 @@ Or it writes a trace itself. Could that carry a code, beside what the rule deter
     paraphrase         with --wording: the trace says the same, its coins are thrown anew; share of
                        rankings that change
 
-All users are test users. Writes trace.json and trace.md to runs/<config>/.
+All users are test users. Writes trace.json and trace.md to runs/<config>/. The last three stand in
+trace.json also for the last stage alone, at the top.
 """
 import sys
 from pathlib import Path
@@ -235,7 +236,8 @@ def main(cfg, options):
     lines = [line_of(stage, of_stage, len(world.test)) for stage, of_stage in found.items()]
     rows = [[line["stage"], *(cell(name, line[name]) for name in NAMES)] for line in lines]
     text = table(["stage", *NAMES], rows)
-    result = {"config": cfg.config, "made_by": made_by(cfg), "stages": lines}
+    last = {name: lines[-1][name] for name in NAMES[-3:]}
+    result = {"config": cfg.config, "made_by": made_by(cfg), **last, "stages": lines}
     write_json(folder(cfg, "trace.json"), result)
     write_text(folder(cfg, "trace.md"), f"{text}\n")
     print(text)

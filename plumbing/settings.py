@@ -9,6 +9,7 @@ A setting is a field of a dataclass. Its annotation says which values it may hav
 """
 import argparse
 import dataclasses
+import difflib
 import inspect
 import math
 import pathlib
@@ -135,8 +136,10 @@ def read(doc, argv, classes):
             raise UserError(f"{option} {error.message}") from None
         raise UserError(f"{option} needs a value: it must be {kinds[option].name}") from None
     if rest:
-        option = reprlib.repr(rest[0].partition("=")[0])
-        raise UserError(f"unknown option {option}: see --help for the list")
+        option = rest[0].partition("=")[0]
+        near = difflib.get_close_matches(option, kinds, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the list"
+        raise UserError(f"unknown option {reprlib.repr(option)}: {hint}")
     return vars(given)
 
 

@@ -49,6 +49,8 @@ MORE = [
     ("dropped", "dropped", ".2%"),
     ("out of set", "out_of_set", ".2%"),
     ("trace tokens", "trace_tokens", ".1f"),
+    ("R@3", "strict recall@3", ".3f"),
+    ("N@3", "strict ndcg@3", ".3f"),
     ("N@10 as served", "served ndcg@10", ".3f"),
     ("training s", "train_seconds", ".0f")]
 CURVE_SHOWN = [

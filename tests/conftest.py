@@ -3,6 +3,7 @@ naive forward, a row at a time, that the batched code is compared with."""
 import os
 import sys
 
+import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -11,6 +12,7 @@ torch.set_num_threads(1)
 
 from data import EOS, PAD  # noqa: E402
 from model import GPT  # noqa: E402
+from plumbing.settings import UserError  # noqa: E402
 
 VOCAB = 10
 LENGTHS = [4, 1, 6, 3, 5, 2]  # of prompts: shorter and longer than a block
@@ -46,6 +48,15 @@ def left_padded(lengths, seed=0):
 
 def close(a, b, atol=1e-9):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def refusal(function, *args, **settings):
+    """The one sentence with which something is refused."""
+    with pytest.raises(UserError) as refused:
+        function(*args, **settings)
+    sentence = str(refused.value)
+    assert "\n" not in sentence and len(sentence) < 500
+    return sentence
 
 
 def same_decode(a, b):

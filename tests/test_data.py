@@ -42,12 +42,6 @@ def same(a, b):
 
 # --- Examples ---------------------------------------------------------------------------------
 
-def test_padding_moves_and_the_order_stays():
-    tokens = np.array([[3, PAD, 5, PAD, PAD], [PAD, 6, PAD, 7, 4], [PAD, PAD, 9, PAD, PAD]])
-    assert pack(tokens, left=True).tolist() == [[PAD, 3, 5], [6, 7, 4], [PAD, PAD, 9]]
-    assert pack(tokens, left=False).tolist() == [[3, 5, PAD], [6, 7, 4], [9, PAD, PAD]]
-
-
 def test_the_examples_that_users_give_by_hand():
     prompt = np.array([[PAD, 3, 4], [3, 4, 5]], np.int16)
     trace = np.array([[PROFILE, A, PAD], [PROFILE, A, B]], np.int16)

@@ -31,8 +31,9 @@ import trainer
 from config import Config
 from data import EOS, MASK, NONE, faithfulness, joined, parse_answers, responses
 from entries import ENTRIES, Entry, against, student
+from make_beauty import make_beauty
 from ours.wording import consistency, reword
-from plumbing.checkpoint import checksum, load_stage, load_tensors, save_tensors
+from plumbing.checkpoint import checksum, load_stage, load_tensors
 from plumbing.script import script
 from plumbing.settings import UserError, parse_args
 from scripts import checkpoint, refused, run
@@ -103,16 +104,6 @@ def compared(monkeypatch, runs):
     return compared
 
 
-def fails(capsys, compared, *options, **how):
-    """The one sentence of a comparison that must refuse."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        compared(*options, **how)
-    message = capsys.readouterr().err.splitlines()[-1]             # after what is left of bars
-    assert stop.value.code == 2 and message.startswith("error: ")
-    return message
-
-
 # --- compare.py ---------------------------------------------------------------------------------
 
 def test_what_is_compared_is_what_the_scripts_train(monkeypatch, tmp_path):
@@ -178,19 +169,6 @@ def test_other_settings_never_meet_old_figures(compared):
     assert fewer["students"]["CFT"]["folder"] == first["students"]["CFT"]["folder"]
 
 
-def test_a_student_of_other_weights_is_refused(compared, tmp_path, capsys):
-    entry = dataclasses.replace(ENTRY, students={n: ENTRY.students[n] for n in ("AR", "CFT")})
-    place = tmp_path / "runs"
-    result, _ = compared(entry=entry, run_dir=place)
-    path = os.path.join(result["students"]["AR"]["folder"], "toy", "seed0", "ar", "checkpoint.pt")
-    state = {k: v for k, v in load_tensors(path).items()}
-    state["model"]["embed.weight"] += 1
-    save_tensors(path, state)
-    assert "was begun from other weights" in fails(capsys, compared, entry=entry, run_dir=place)
-    _, trained = compared("--again", "true", entry=entry, run_dir=place)
-    assert len(trained) == 2
-
-
 def test_every_seed_has_a_teacher_and_figures_of_its_own(compared):
     both, _ = compared("--seeds", "0,1", "--students", "CFT")
     assert both["claims"] == []                                     # their students were not asked for
@@ -202,15 +180,15 @@ def test_every_seed_has_a_teacher_and_figures_of_its_own(compared):
 
 
 def test_what_cannot_be_compared_is_one_sentence(compared, capsys, monkeypatch, tmp_path):
-    assert "must be one of cft, cft_beauty" in fails(capsys, compared, name="nothing")
-    assert "there is no XYZ; there are: AR, CFT" in fails(capsys, compared, "--students", "XYZ")
-    assert "--seeds must be whole numbers" in fails(capsys, compared, "--seeds", "a")
+    assert "must be one of cft, cft_beauty" in refused(capsys, compared, name="nothing")
+    assert "there is no XYZ; there are: AR, CFT" in refused(capsys, compared, "--students", "XYZ")
+    assert "--seeds must be whole numbers" in refused(capsys, compared, "--seeds", "a")
     teacher = compared()[0]["students"]["AR"]["folder"]
     for option in (("--from", os.path.join(teacher, "toy", "seed0")), ("--seed", "1")):
-        assert "leave out --from and --seed" in fails(capsys, compared, *option)
+        assert "leave out --from and --seed" in refused(capsys, compared, *option)
     users = dataclasses.replace(ENTRY, claims=(("six", "AR"),), students={
         "AR": student("ar"), "six": student("ar", n_candidates=6)})
-    assert "rank for different users" in fails(capsys, compared, entry=users)
+    assert "rank for different users" in refused(capsys, compared, entry=users)
     monkeypatch.undo()                                              # with a process of its own
     cfg = Config(**{**TINY, "d_model": 18}, run_dir=str(tmp_path))
     job = compare.make_job(cfg, ENTRY, "AR", 0)
@@ -225,16 +203,6 @@ def test_the_operating_point_keeps_to_the_forwards():
         assert compare.operating_tau(curve, 0.9, allowed) == tau
 
 
-def test_nobody_is_trained_before_the_one_that_he_goes_on_from(monkeypatch):
-    order = []
-    monkeypatch.setattr(compare, "train", lambda job, start: (
-        start and start.result(), order.append(job.name)))
-    jobs = [compare.make_job(Config(**TINY), ENTRY, name, 0) for name in ENTRY.students]
-    compare.train_all(jobs, 3)
-    for job in jobs:
-        assert not job.start or order.index(job.start.name) < order.index(job.name)
-
-
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries_say_what_the_scripts_understand(name):
     entry, folders = ENTRIES[name], {}
@@ -246,17 +214,6 @@ def test_entries_say_what_the_scripts_understand(name):
         assert folders.setdefault(own.run_dir, who) == who      # no two are the same
     for who, control in entry.claims:
         assert {who, control} <= entry.students.keys() and who != control
-
-
-def test_the_controls_of_few_300_cost_what_opd_costs():
-    cfg, students = compare.preset("toy_few"), ENTRIES["few_300"].students
-    n_tokens = 46                                                   # of a response, see its comment
-    as_many = cfg.cft_prompts + cfg.opd_steps * cfg.batch_size // n_tokens
-    assert students["CFT as many forwards"].settings == {
-        "cft_prompts": as_many, "cft_steps": cfg.cft_steps * as_many // cfg.cft_prompts}
-    assert students["CFT as many forwards longer"].settings["cft_prompts"] == as_many
-    assert students["more CFT"].settings["cft_steps"] == f"+{cfg.opd_steps * 3 // 2}"
-    assert students["OPD same prompts"].settings["opd_prompts"] == cfg.cft_prompts
 
 
 def test_a_claim_is_the_interval_of_the_seeds_that_both_students_have():
@@ -407,15 +364,16 @@ def test_interventions_on_a_run(monkeypatch, capsys, teacher_and_student, tmp_pa
     run(train_ar, monkeypatch, teacher_and_student, "--seed", "1")
     both = found(teacher_and_student, "--seeds", "0,1")
     assert [line["seeds"] for line in both["stages"]] == [[0, 1], [0]]
-    low, mean, high = both["stages"][0]["cross_reader"]
+    assert alone["capacity_bits"] == alone["stages"][-1]["capacity_bits"]
+    low, mean, high = both["cross_reader"]
     assert low is high is None and abs(mean) <= 1                 # of 16 users: no interval
 
     run(train_ar, monkeypatch, tmp_path, "--wording", "token")
     worded = found(tmp_path, "--wording", "token")["stages"][-1]
     assert 0 <= worded["paraphrase"] <= 1 and worded["capacity_bits"] > 27
     for option, value in (("--trace", "free"), ("--seeds", "0,1")):
-        message = refused(traces, monkeypatch, capsys, teacher_and_student, *tiny, option, value,
-                          "--from", str(teacher_and_student / "toy" / "seed0"))
+        message = refused(capsys, run, traces, monkeypatch, teacher_and_student, *tiny,
+                          option, value, "--from", str(teacher_and_student / "toy" / "seed0"))
         assert "with --trace free" in message or "leave out --seeds" in message
 
 
@@ -434,32 +392,10 @@ def test_exported_weights_are_small_and_go_on(monkeypatch, capsys, teacher_and_s
     rounded = {name: w.float() for name, w in given["ar"]["model"].items()}
     assert given["cft"]["start"] == checksum(rounded)
     run(train_opd, monkeypatch, place, *tiny)                       # a script goes on from them
-    assert "is there already" in refused(export, monkeypatch, capsys, teacher_and_student, *to)
+    assert "is there already" in refused(capsys, run, export, monkeypatch, teacher_and_student, *to)
 
 
 # --- own_world.py -------------------------------------------------------------------------------
-
-def lines_of(n_users=300):
-    """Users who mostly go from an item to one of its three followers: ["id item item ...", ...].
-    One takes an item twice."""
-    rng = np.random.default_rng(0)
-    follower = rng.integers(120, size=(120, 3))
-    lines = []
-    for user in range(n_users):
-        items = [rng.integers(120)]
-        for _ in range(rng.integers(3, 10)):
-            liked = follower[items[-1], rng.integers(3)]
-            items.append(liked if rng.random() < 0.7 else rng.integers(120))
-        lines.append(" ".join(map(str, [f"u{user}", *dict.fromkeys(items)])))
-    return [lines[0] + " " + lines[0].split()[1], *lines[1:]]
-
-
-@pytest.fixture(scope="module")
-def own_data(tmp_path_factory):
-    place = tmp_path_factory.mktemp("data")
-    (place / "sequences.txt").write_text("\n".join([*lines_of(), "short 1 2", "", ""]))
-    return str(place)
-
 
 def told(prompt):
     """The trace that follows from the words of a prompt, by plain rules."""
@@ -472,9 +408,12 @@ def told(prompt):
     return trace
 
 
-def test_own_data_is_a_world(own_data, capsys):
-    world = own_world.own_world(Config(data_dir=own_data))
-    assert "2 with fewer than 3 items are left out" in capsys.readouterr().out
+def test_own_data_is_a_world(tmp_path, capsys):
+    make_beauty(tmp_path, n_items=120)
+    with open(tmp_path / "sequences.txt", "a") as file:
+        file.write("once 3 3 4\nshort 1 2\n\n\n")
+    world = own_world.own_world(Config(data_dir=str(tmp_path)))
+    assert "1 with fewer than 3 items are left out" in capsys.readouterr().out
     for split in (world.train, world.val, world.test):
         for n in range(0, len(split), 17):
             assert spelled(world, split.trace[n]) == told(spelled(world, split.prompt[n]))
@@ -490,8 +429,8 @@ def test_own_data_is_a_world(own_data, capsys):
     (None, "there is no"),
     (["1 4 5 6", "1 7 8 9"], "line 2: the user 1 is there twice"),
     ([f"{u} {u} {u + 1}" for u in range(1, 60)], "has no user with 3 or more items"),
-    (lines_of(19), "there are 19 users with 3 or more items"),
-    ([" ".join(line.split()[:4]) for line in lines_of(200)], "is too small: no candidate is")])
+    ([f"{u} {u} {u + 1} {u + 2}" for u in range(19)], "there are 19 users with 3 or more items"),
+    ([f"{u} {u} {u + 1} {u + 2}" for u in range(200)], "is too small: no candidate is")])
 def test_own_data_that_cannot_work_is_one_sentence(tmp_path, lines, expected):
     if lines:
         (tmp_path / "sequences.txt").write_text("\n".join(lines))

@@ -6,12 +6,11 @@ import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from config import Config
+from conftest import refusal
 from plumbing import checkpoint as ck
-from plumbing.settings import UserError
 
 TINY = Config(n_layer=1, n_head=1, d_model=8, block_size=4, device="cpu")
 
@@ -50,14 +49,6 @@ def begin(cfg, stage):
 
 def same(a, b):
     return ck.checksum(a) == ck.checksum(b)
-
-
-def refusal(function, *args):
-    """The sentence with which something is refused."""
-    with pytest.raises(UserError) as refused:
-        function(*args)
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
-    return str(refused.value)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -201,12 +192,6 @@ def test_again_trains_anew_and_keeps_the_old_file_until_it_saves(tmp_path):
     assert same(ck.load_stage(again, "ar", WORLD)[0].state_dict(), new)
 
 
-def found(cfg, stage):
-    """The path of the finished checkpoint that a run uses, "" if there is none."""
-    state = ck.finished(cfg, stage)
-    return state["path"] if state else ""
-
-
 def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
     there = replace(TINY, run_dir=str(tmp_path / "there"))
     weights = {stage: train(there, stage, i + 1, i + 1)
@@ -218,16 +203,15 @@ def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
     assert same(begin(of_run, "cft"), weights["ar"])
     assert same(begin(of_run, "rl"), weights["opd"])
     assert same(begin(of_stage, "rl"), weights["cft"])
-    assert found(of_stage, "cft") == f"{run}/cft/checkpoint.pt"
-    assert found(of_stage, "ar") == found(of_stage, "opd") == ""
+    assert ck.finished(of_stage, "ar") is ck.finished(of_stage, "opd") is None
     own = train(of_run, "cft")  # this run's own student comes before all students of the other
     assert same(begin(of_run, "rl"), own)
     assert list(ck.finished_stages(of_run, WORLD)) == ["ar", "cft"]
     teacher = replace(there, block_size=1, run_dir=str(tmp_path / "teacher"), from_=f"{run}/ar")
     after_rl = train(teacher, "rl")
     of_teacher = replace(cfg, seed=2, from_=os.path.dirname(ck.own_path(teacher, "rl")))
-    assert same(begin(of_teacher, "cft"), after_rl) and found(of_teacher, "rl") == ""
-    assert found(teacher, "rl") == ck.own_path(teacher, "rl")
+    assert same(begin(of_teacher, "cft"), after_rl) and not ck.finished(of_teacher, "rl")
+    assert ck.finished(teacher, "rl")
     changes = dict(trace="free", world="toy_expert", wording="token", n_candidates=4, n_layer=2,
                    n_head=2, d_model=16)  # with which its tokens would mean something else
     for name, value in changes.items():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from conftest import LENGTHS, VOCAB, close, gen, left_padded, naive_hidden, tiny_gpt, words
 from data import EOS, MASK, PAD
-from model import GPT, Sampling, ar_decode, causal_hidden, causal_mask, sample
+from model import GPT, Sampling, ar_decode, causal_hidden, sample
 
 
 # --- The forward ------------------------------------------------------------------------------
@@ -86,17 +86,6 @@ def test_padding_and_mask_are_never_written_and_logits_are_float32_at_least():
 
 
 # --- From the left ----------------------------------------------------------------------------
-
-def test_who_sees_whom_from_the_left_equals_loops():
-    pad = torch.tensor([[0], [2], [3]])
-    for first, end in ((0, 5), (2, 5), (4, 5)):
-        mask = causal_mask(pad, first, end)
-        assert mask.shape == (3, 1, end - first, end)
-        for n, p in enumerate(pad[:, 0].tolist()):
-            for q in range(first, end):
-                sees = [p <= k <= q or k == q for k in range(end)]
-                assert mask[n, 0, q - first].tolist() == sees
-
 
 @torch.no_grad()
 def test_a_response_is_read_as_row_by_row_and_token_by_token_without_padding():

@@ -396,11 +396,9 @@ def test_an_opd_step_decodes_as_served_or_draws_a_group(monkeypatch, world):
 def test_rewards_by_hand():
     for before, after, k, valid, conditional, expected in (
             (3, 1, 4, True, True, 0.5 + 0.1),    # promoted
-            (3, 1, 8, True, True, 0.25 + 0.1),
             (1, 3, 4, True, True, -0.5),         # demoted
             (2, 2, 4, True, True, 0.0),          # same place, not the first: no bonus
             (0, 0, 4, True, True, 0.1),          # first and stays first
-            (0, 3, 4, True, True, -0.75),
             (3, 1, 4, False, True, -1.0),        # invalid, whatever the repaired rank
             (0, 0, 4, False, False, -1.0),
             (3, 1, 4, True, False, 0.5 + 0.1),
