@@ -139,23 +139,6 @@ ENTRIES = {
                 *against("JSD", "forward KL", "reverse KL", "nothing excluded")),
         forwards=4.0),
 
-    # 100 roll-outs of 256 answers take the time of 500 steps of CFT, or of 350 of OPD.
-    # Three blocks take three forwards at least.
-    "parallel": Entry(
-        "Hardly more than a forward a block, by the paper's rule: does RL fit slots together?",
-        settings=dict(commit="threshold"),
-        students={
-            "AR": student("ar"),
-            "CFT": student("cft", "AR"),
-            "more CFT": student("cft", "AR", cft_steps="+500"),
-            "OPD": student("opd", "CFT", opd_steps=350, opd_lr=5e-4, opd_tau=0.2),
-            "RL": student("rl", "CFT", rl_steps=100, rl_lr=3e-4, rl_tau=0.2, rl_prompts=16,
-                          rl_group=16)},
-        claims=(("RL", "CFT"), ("RL", "more CFT"), ("RL", "OPD"), ("OPD", "CFT"),
-                ("OPD", "more CFT")),
-        taus=(0.2, 0.3, 0.5, 0.9),
-        forwards=3.6),
-
     # RL of the teacher itself, token by token. Its control learns the expert's text for as many
     # FLOPs: 5 steps for each roll-out. "AR told" is a bound and no control, as it is told what
     # the users of all training lists took. CFT converts both teachers on their own responses.
