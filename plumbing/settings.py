@@ -137,8 +137,8 @@ def read(doc, argv, classes):
         raise UserError(f"{option} needs a value: it must be {kinds[option].name}") from None
     if rest:
         option = rest[0].partition("=")[0]
-        near = difflib.get_close_matches(option, kinds, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the list"
+        near = difflib.get_close_matches(option, kinds, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --help for the list"
         raise UserError(f"unknown option {reprlib.repr(option)}: {hint}")
     return vars(given)
 

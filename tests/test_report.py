@@ -116,8 +116,6 @@ def test_validation_users_a_teacher_alone_and_bad_seeds(made, tmp_path, monkeypa
     assert "--seeds must be whole numbers" in message
     assert "train_ar.py" in refused(capsys, run, evaluate, monkeypatch, made, "--seeds", "7")
     assert "train_cft.py" in refused(capsys, run, evaluate, monkeypatch, alone, "--show", "1")
-    message = refused(capsys, run, html, monkeypatch, made, "--user", "17")
-    assert "there are 16 test users" in message
 
 
 def test_a_student_without_an_ar_loss_has_no_ar_decoder():
