@@ -348,7 +348,7 @@ def main(cfg, options):
 
 
 def expanded(argv):
-    """compare.py parallel --seeds 0  ->  compare.py --entry parallel, its settings, --seeds 0."""
+    """compare.py cft --seeds 0  ->  compare.py --entry cft, its settings, --seeds 0."""
     if len(argv) < 2 or argv[1].startswith("-"):
         return argv
     words = ["--entry", argv[1]]
