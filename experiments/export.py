@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from plumbing.checkpoint import checksum, load_stage, own_path, save_tensors
+from plumbing.processes import RANK
 from plumbing.script import script
 from plumbing.settings import Text, UserError
 from trainer import load_world
@@ -28,15 +29,18 @@ class Options:
 
 
 def main(cfg, options):
+    if RANK:  # of several processes one writes
+        return
     world, start = load_world(cfg), None
     there = dataclasses.replace(cfg, run_dir=options.to)
-    # Both must have finished before one is written.
+    # Both must have finished, and neither may be there, before one is written.
     states = {stage: load_stage(cfg, stage, world)[1] for stage in ("ar", "cft")}
-    for stage, state in states.items():
-        path = own_path(there, stage)
+    for path in [own_path(there, stage) for stage in states]:
         if os.path.exists(path):
             raise UserError(f"{path} is there already: name another folder with --to, or delete "
                             "it first")
+    for stage, state in states.items():
+        path = own_path(there, stage)
         state = {k: v for k, v in state.items() if k not in ("optimizers", "path")}
         state["model"] = {name: w.to(torch.bfloat16) for name, w in state["model"].items()}
         state["start"] = start or state["start"]  # CFT now begins with the rounded weights of AR

@@ -161,6 +161,8 @@ def check(cfg):
     if cfg.d_model % (2 * cfg.n_head):
         raise UserError(f"--d_model must be a multiple of 2 x n_head = {2 * cfg.n_head} (rotary "
                         f"positions turn pairs), not {cfg.d_model}")
+    if not cfg.run_dir:
+        raise UserError("--run_dir is empty: name the folder that gets the results")
     there = pathlib.Path(cfg.from_)
     if cfg.from_ and not [*there.glob("checkpoint.pt"), *there.glob("*/checkpoint.pt")]:
         raise UserError(f"--from {cfg.from_} has no checkpoint: name the folder of a run, such as "

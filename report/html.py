@@ -15,6 +15,7 @@ import numpy as np
 from config import folder
 from data import HISTORY, LABEL, LAST, PAD
 from plumbing.checkpoint import finished_stages
+from plumbing.processes import RANK
 from plumbing.script import script
 from report.denoise import (checked, missing, truth, user_of, verdict, write, wrong_labels)
 from report.figures import write_gif
@@ -83,6 +84,8 @@ def page_of(data):
 
 
 def main(cfg):
+    if RANK:  # of several processes one decodes
+        return
     world = load_world(cfg)
     stages = {stage: model for stage, (model, _) in finished_stages(cfg, world).items()}
     last = list(stages)[-1]

@@ -68,6 +68,7 @@ def test_a_command_line_that_cannot_work_gets_one_sentence(tmp_path):
         ("--cft_steps -1", f"--cft_steps must be {whole}"),
         ("--tau -inf", "--tau needs a value: it must be a number above 0 and at most 1"),
         ("--d_model 18 --n_head 4", "--d_model must be a multiple of 2 x n_head = 8"),
+        ("--run_dir=", "--run_dir is empty: name the folder that gets the results"),
         (f"--from {tmp_path}", f"--from {tmp_path} has no checkpoint: name the folder of a run")]
     if not torch.cuda.is_available():
         cases.append(("--device cuda", "--device cuda asks for a GPU, and torch sees none"))
