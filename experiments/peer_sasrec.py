@@ -184,13 +184,13 @@ def main(cfg, options):
     found = {"prerank": [], "ar": [], "cft": [], "SASRec": []}  # scores of each seed
     ranks = []                                                    # of the test item, by SASRec
     for seed in seeds:
+        net = train_peer(options, sequences, len(items), seed)
         of_seed = dataclasses.replace(cfg, seed=seed)
         found["prerank"].append(score_order(world.test, world.test.incoming))
         for stage in ("ar", "cft"):
             decoder = decoder_of(of_seed, stage, load_stage(of_seed, stage, world)[0])
-            written, forwards = decode_split(of_seed, world, world.test, decoder)
-            found[stage].append(score(world, world.test, joined(written), forwards))
-        net = train_peer(options, sequences, len(items), seed)
+            written, _ = decode_split(of_seed, world, world.test, decoder)
+            found[stage].append(score(world, world.test, joined(written)))
         scores, rank = scored(net, [own[:-1] for own in sequences], np.hstack((taken, candidates)))
         order = np.argsort(-scores[hit, 1:], axis=1, kind="stable")
         found["SASRec"].append(score_order(world.test, order))

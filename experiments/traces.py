@@ -55,8 +55,8 @@ from toy.world import (TOY_ATTRIBUTES, TOY_HISTORY, TOY_PRIOR, TOY_VALUES, toy_o
                        written_as_tokens)
 from trainer import BATCH, ar_decoder, block_decoder, decode_split, load_world, respond
 
-NAMES = ("prompt edited", "traces exchanged", "falsified", "turned", "consistent",
-         "capacity_bits", "cross_reader", "paraphrase")
+ROOM = ("capacity_bits", "cross_reader", "paraphrase")
+NAMES = ("prompt edited", "traces exchanged", "falsified", "turned", "consistent", *ROOM)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def capacity_bits(world, trace, wording):
 
 
 def room(cfg, world, writer, other):
-    """Whether a model's own traces carry more than they say: {name: a number, but of the
+    """Whether a model's own traces carry more than they say: {name of ROOM: a number, but of the
     cross-reader the differences (N,)}. other: the decoder that is the cross-reader, or None."""
     split = world.test
     (trace, own), _ = decode_split(cfg, world, split, writer)     # (N, R) each
@@ -236,7 +236,7 @@ def main(cfg, options):
     lines = [line_of(stage, of_stage, len(world.test)) for stage, of_stage in found.items()]
     rows = [[line["stage"], *(cell(name, line[name]) for name in NAMES)] for line in lines]
     text = table(["stage", *NAMES], rows)
-    last = {name: lines[-1][name] for name in NAMES[-3:]}
+    last = {name: lines[-1][name] for name in ROOM}
     result = {"config": cfg.config, "made_by": made_by(cfg), **last, "stages": lines}
     write_json(folder(cfg, "trace.json"), result)
     write_text(folder(cfg, "trace.md"), f"{text}\n")
