@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from data import draw_examples, examples_of, tensors, token_weights
 from model import causal_hidden
-from plumbing.checkpoint import device_of, start_from
-from plumbing.processes import per_process
+from plumbing.checkpoint import start_from
+from plumbing.processes import device_of, per_process
 from plumbing.script import script
 from trainer import Run, ar_decoder, autocast, load_world, rng_for, validate
 

@@ -21,8 +21,8 @@ from data import (MASK, Examples, as_prompt, draw_examples, examples_of, is_answ
                   parse_answers, tensors, token_weights)
 from diffusion import draw_noise, every_block, fill_last_block, read_blocks, take_blocks
 from ours.misplace import misplace
-from plumbing.checkpoint import device_of, load_stage, start_from
-from plumbing.processes import per_process
+from plumbing.checkpoint import load_stage, start_from
+from plumbing.processes import device_of, per_process
 from plumbing.script import script
 from plumbing.settings import UserError
 from train_ar import weighted_nats

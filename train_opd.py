@@ -22,8 +22,8 @@ from data import PAD, draw_examples, examples_of, tensors, token_weights
 from diffusion import decode_states, every_block, read_blocks, take_blocks
 from model import FORBIDDEN, causal_hidden
 from ours.exclude import exclude_shown
-from plumbing.checkpoint import device_of, load_stage, start_from
-from plumbing.processes import per_process
+from plumbing.checkpoint import load_stage, start_from
+from plumbing.processes import device_of, per_process
 from plumbing.script import script
 from sampler import NEVER, block_decode
 from trainer import (Run, autocast, block_decoder, load_world, rng_for, rule_of, sampling_on,

@@ -20,8 +20,8 @@ import torch
 
 from data import PAD, draw_rows, examples_of, parse_answers, tensors
 from diffusion import replay_logp
-from plumbing.checkpoint import device_of, start_from
-from plumbing.processes import per_process
+from plumbing.checkpoint import start_from
+from plumbing.processes import device_of, per_process
 from plumbing.script import script
 from plumbing.settings import UserError
 from sampler import block_decode

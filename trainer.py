@@ -13,9 +13,8 @@ from data import (LABEL, MASK, PAD, as_prompt, examples_of, joined, pack, parse_
 from model import Sampling, ar_decode
 from ours.commit import Apart
 from ours.wording import reword
-from plumbing.checkpoint import (checksum, device_of, locked, log_path, open_log, own_path, resume,
-                                 save_run)
-from plumbing.processes import RANK, mean_gradients
+from plumbing.checkpoint import (checksum, locked, log_path, open_log, own_path, resume, save_run)
+from plumbing.processes import RANK, device_of, mean_gradients
 from plumbing.settings import UserError
 from sampler import NEVER, Decoded, Threshold, block_decode
 from toy.world import toy_world

@@ -34,7 +34,8 @@ from matplotlib.figure import Figure
 from data import EOS, LABEL, MASK, after_first, examples_of, joined, tensors
 from evaluate import score
 from ours.commit import Apart
-from plumbing.checkpoint import device_of, load_stage, made_by
+from plumbing.checkpoint import load_stage, made_by
+from plumbing.processes import device_of
 from plumbing.script import script
 from plumbing.settings import Text, UserError, Whole
 from report.figures import forwards_axis, save_figure

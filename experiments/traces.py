@@ -45,7 +45,8 @@ from config import folder
 from data import LABEL, examples_of, parse_answers
 from evaluate import score
 from ours.wording import drawn, entropy_bits
-from plumbing.checkpoint import device_of, finished_stages, load_stage, made_by
+from plumbing.checkpoint import finished_stages, load_stage, made_by
+from plumbing.processes import device_of
 from plumbing.script import script
 from plumbing.settings import Text, UserError
 from report.intervals import interval_text, paired_interval

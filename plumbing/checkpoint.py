@@ -18,7 +18,7 @@ import torch
 
 from config import PRESETS, STAGES, Config, folder
 from model import GPT
-from plumbing.processes import RANK
+from plumbing.processes import RANK, device_of
 from plumbing.settings import UserError, settings_of
 
 try:
@@ -144,12 +144,6 @@ def load_tensors(path):
 
 # --- Models -----------------------------------------------------------------------------------
 
-def device_of(cfg):
-    if cfg.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(cfg.device)
-
-
 def new_model(cfg, world):
     """Returns a model with random weights. Raises UserError if texts are too long for it."""
     torch.manual_seed(cfg.seed)
@@ -245,8 +239,11 @@ def check_same(cfg, stage, world, state):
 # --- The code that made a checkpoint ----------------------------------------------------------
 
 def without_comments(text):
-    """Returns the text of a Python file without comments and docstrings."""
+    """Returns the text of a Python file without comments, docstrings and what it imports from
+    plumbing/, which is no part of the lesson."""
     tree = ast.parse(text)
+    tree.body = [node for node in tree.body
+                 if not (getattr(node, "module", None) or "").startswith("plumbing.")]
     for node in ast.walk(tree):
         may_have_one = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
         if may_have_one and ast.get_docstring(node):

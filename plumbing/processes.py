@@ -42,6 +42,13 @@ def barrier():
         dist.barrier()
 
 
+def device_of(cfg):
+    """Returns the torch.device that this process computes on."""
+    if cfg.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(cfg.device)
+
+
 def per_process(n):
     """Returns how many of n rows this process draws: a part, rounded up."""
     return -(-n // RANKS)

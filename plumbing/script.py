@@ -6,7 +6,6 @@ import time
 import torch
 
 from plumbing import processes
-from plumbing.checkpoint import device_of
 from plumbing.settings import UserError, parse_args
 
 
@@ -37,7 +36,7 @@ def script(main, doc, also=None):
 def prepare(cfg):
     """Sets threads and precision, and joins the other processes."""
     torch.set_num_threads(cfg.threads)
-    device = device_of(cfg).type
+    device = processes.device_of(cfg).type
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: faster products of float32 matrices
     processes.start(device)

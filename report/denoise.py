@@ -10,7 +10,7 @@ import numpy as np
 
 from data import (ANSWER, CANDIDATES, EOS, LABEL, NONE, PAD, World, examples_of, joined,
                   parse_answers, statements, tensors)
-from plumbing.checkpoint import device_of
+from plumbing.processes import device_of
 from sampler import NEVER
 from trainer import respond
 

@@ -4,7 +4,7 @@ import time
 import numpy as np
 
 from data import PAD, examples_of, tensors
-from plumbing.checkpoint import device_of
+from plumbing.processes import device_of
 from trainer import respond
 
 BATCHES = (1, 64)

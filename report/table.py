@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from config import folder
-from plumbing.checkpoint import CODE, device_of, made_by, save_atomically
+from plumbing.checkpoint import CODE, made_by, save_atomically
+from plumbing.processes import device_of
 from plumbing.settings import UserError
 from report.intervals import interval_text
 

@@ -221,6 +221,17 @@ def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
         assert "the data has changed since" in refusal(ck.start_from, of_teacher, world, "cft")
 
 
+def test_what_counts_as_other_code():
+    text = ('from plumbing.a import f\nfrom data import g\n'
+            'def h(x):\n    "What."\n    return f(g(x))\n')
+    for old, new, same in (("plumbing.a", "plumbing.b", True), ("x):", "x):  # why", True),
+                           ("What", "How", True), ("data", "model", False),
+                           ("f(g(x))", "g(f(x))", False)):
+        changed = text.replace(old, new)
+        assert changed != text
+        assert (ck.without_comments(changed) == ck.without_comments(text)) == same, changed
+
+
 def test_a_checkpoint_tells_once_that_the_code_has_changed(tmp_path, monkeypatch, capsys):
     assert {"model.py", "toy/world.py", "train_cft.py", "beauty/writer.py"} <= ck.CODE.keys()
     cfg, code = replace(TINY, run_dir=str(tmp_path)), dict(ck.CODE)
