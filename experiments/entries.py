@@ -120,7 +120,7 @@ ENTRIES = {
         claims=(("OPD", "CFT"), ("OPD", "more CFT"), ("OPD", "OPD same prompts"),
                 ("OPD", "CFT as many forwards"), ("OPD", "CFT as many forwards longer"),
                 ("RL", "OPD"), ("RL", "more OPD")),
-        taus=(0.3, 0.5, 0.9),
+        taus=(0.3, 0.5, 0.7, 0.8, 0.9),
         forwards=7.0),
 
     # 200 steps take the time of 300 steps of CFT.
