@@ -1,5 +1,6 @@
 """experiments/: comparisons at tiny scale, what they keep and what they refuse; interventions on
-traces; export; own data as a world; the examples of docs/how-to-test-an-idea.md."""
+traces; the weights that come along; own data as a world; the examples of
+docs/how-to-test-an-idea.md."""
 import dataclasses
 import importlib
 import json
@@ -19,7 +20,6 @@ from conftest import ROOT  # first: it puts the code on Python's path
 
 import compare
 import evaluate
-import export
 import own_world
 import train_ar
 import train_cft
@@ -377,12 +377,13 @@ def test_interventions_on_a_run(monkeypatch, capsys, teacher_and_student, tmp_pa
         assert "with --trace free" in message or "leave out --seeds" in message
 
 
-# --- export.py ----------------------------------------------------------------------------------
+# --- The weights that come along ----------------------------------------------------------------
 
-def test_exported_weights_are_small_and_go_on(monkeypatch, capsys, teacher_and_student, tmp_path):
-    tiny, place = ("--cft_gold", "true"), tmp_path / "given"
-    to = (*tiny, "--to", str(place))
-    run(export, monkeypatch, teacher_and_student, *to)
+def test_weights_made_as_their_page_says_are_small_and_go_on(
+        monkeypatch, teacher_and_student, tmp_path):
+    code, = re.findall(r"```python\n(.*?)```", (Path(ROOT) / "weights/README.md").read_text(), re.S)
+    place = tmp_path / "given"
+    exec(code.replace("runs/", f"{teacher_and_student}/").replace("weights/new", str(place)), {})
     own, given = ({stage: load_tensors(checkpoint(where, stage)) for stage in ("ar", "cft")}
                   for where in (teacher_and_student, place))
     for stage in own:
@@ -391,8 +392,7 @@ def test_exported_weights_are_small_and_go_on(monkeypatch, capsys, teacher_and_s
             assert torch.equal(weight, own[stage]["model"][name].to(torch.bfloat16))
     rounded = {name: w.float() for name, w in given["ar"]["model"].items()}
     assert given["cft"]["start"] == checksum(rounded)
-    run(train_opd, monkeypatch, place, *tiny)                       # a script goes on from them
-    assert "is there already" in refused(capsys, run, export, monkeypatch, teacher_and_student, *to)
+    run(train_opd, monkeypatch, place, "--cft_gold", "true")        # a script goes on from them
 
 
 # --- own_world.py -------------------------------------------------------------------------------
