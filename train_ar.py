@@ -7,8 +7,9 @@ Next-token cross-entropy on the response. Traces are written by rule from the pr
 the oracle (toy) or by a learned scorer that only writes training data (Beauty). The paper's teacher
 is this *and then RL*: see `make paper`.
 
-metrics.jsonl has the loss of every step and, at some steps, figures of 64 validation users: valid
-(share of valid answers), match (share of tokens as in the reference) and tokens_per_forward.
+metrics.jsonl, in runs/<config>/seed<seed>/ar/, has the loss of every step and, at some steps,
+figures of 64 validation users: valid (share of valid answers), match (share of tokens as in the
+reference) and tokens_per_forward.
 
 All stages share trainer.Run: run.steps() yields the numbers of the steps and saves in between,
 run.update(loss) is one step of the optimisers, run.log(...) writes a line. Also from there:

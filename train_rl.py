@@ -10,7 +10,7 @@ sampled: a prompt is a reference trace. With --block_size 1 this trains the teac
 Logged, beside the figures of CFT:
     reward, sampled_valid, copied    mean reward; shares of valid answers, and of copies of the list
     signal          share of groups whose rewards differ
-    replay_off      mean |log-probability replayed - recorded|: rounding alone in float32
+    replay_off      mean |log-probability replayed - recorded|: rounding, more of it in bfloat16
     ratio_off       mean |r - 1| in the last update: near 0 the policy hardly moved
     clipped         share of tokens beyond the clip in that update
     sampled_nats    mean -log p of the groups kept: it falls as the policy sharpens

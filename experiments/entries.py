@@ -102,7 +102,7 @@ ENTRIES = {
     # teacher reads 12,800 roll-outs, each in one forward. In so many forwards it could have
     # written 278 responses of 46 tokens: the control that learns from 578. It comes with as many
     # epochs as CFT, too, since more can be worse where responses are learned by heart. RL's 30
-    # roll-outs take the time of 300 steps of OPD.
+    # roll-outs take the time of 200 steps of OPD; its control has 300 more.
     "few_300": Entry(
         "The teacher has written 300 responses: does OPD pay, and then RL?",
         config="toy_few",
@@ -156,14 +156,14 @@ ENTRIES = {
             "CFT of RL": student("cft", "RL", cft_gold=False, cft_prompts=3000, block_size=19)},
         claims=(("RL", "AR"), ("RL", "more AR"), ("RL", "AR told"), ("CFT of RL", "CFT of AR"))),
 
-    # All runs of RL cost the same; 40 roll-outs of 64 answers take the time of 80 steps of CFT.
+    # All runs of RL cost the same; 40 roll-outs of 64 answers take the time of 250 steps of CFT.
     "hacking": Entry(
         "A format bonus that is always paid: does it teach a weak student to copy the list?",
         settings=dict(rl_steps=40),
         students={
             "AR": student("ar"),
             "weak": student("cft", "AR", cft_steps=150, warmup=10),
-            "more CFT": student("cft", "AR", cft_steps=230, warmup=10),
+            "more CFT": student("cft", "AR", cft_steps=400, warmup=10),
             "if it rose": student("rl", "weak"),
             "always": student("rl", "weak", rl_conditional=False),
             "if it rose, large": student("rl", "weak", rl_alpha=0.5),

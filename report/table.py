@@ -308,9 +308,9 @@ def markdown(report):
         "means over users and seeds. *N@10 − AR* has its 95 % interval over users and, of several "
         "seeds, over seeds; where fewer than 50 users differ there is none. *identity*: answers "
         "that repeat the incoming order.",
-        f"Speed is that of {report['device']}, timed in turn with ar on the same prompts. Only ar, "
-        "cft and lossless are timed: opd and rl are models of the same shape as cft, decoded by "
-        "the same sampler, so a forward takes as long.",
+        report.get("speed") or f"Speed is that of {report['device']}, timed in turn with ar on "
+        "the same prompts. Only ar, cft and lossless are timed: opd and rl are models of the same "
+        "shape as cft, decoded by the same sampler, so a forward takes as long.",
         seeds_of_rows(report),
         table(STAGES_SHOWN, mean_rows(report)),
         "What is wrong with invalid answers (shares of all answers; they may overlap), and more:",

@@ -2,9 +2,9 @@
 
 An item has 3 attributes of 5 values. A user has a favourite value of each attribute, which no
 prompt shows. Each attribute of an item that the user takes is the favourite with probability q,
-else uniform; other candidates are uniform. The pre-ranker knows only how likely each place in
-the list is to hold the target. So the best ranking, given the prompt, has a closed form: the
-*oracle*.
+else uniform; other candidates are uniform. The pre-ranker is no model here: the target's place in
+the list is drawn, and early places are likelier. So the best ranking, given the prompt, has a
+closed form: the *oracle*.
 """
 import numpy as np
 
@@ -14,7 +14,7 @@ from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, Wor
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY = 3, 5, 6
 TOY_Q = 0.6        # q
 TOY_PRIOR = 0.25   # the target's place c has probability ~ exp(-TOY_PRIOR * c)
-TOY_EXPERT = 4     # toy_expert and toy_target weigh a place so many times as much, and so err
+TOY_EXPERT = 4     # --world toy_expert, toy_target: a place weighs so many times as much (an error)
 TOY_MOST = 3       # evidence counts stop here: 3 means three or more
 TOY_DRAWN = 40000  # users are drawn in chunks of this size, so a smaller n has the first of them
 
@@ -32,7 +32,8 @@ def toy_oracle(counts, items, list_length, slope=TOY_PRIOR):
     counts (N, A, V): how often the history has each value; items (N, K, A); list_length (N,).
     A history item has value v with probability q + u if v is the favourite, else u, where
     u = (1 - q) / V. So the favourite's posterior is f_v ~ rho^count_v, rho = (q + u) / u. An item
-    that the user takes has value v with probability p_v = q f_v + u, another item with 1 / V:
+    that the user takes has value v with probability p_v = q f_v + u, another item with 1 / V. To
+    make a candidate the target, replace its factors 1 / V by p_v:
         score = -slope place + sum over attributes of log(V p_v)"""
     u = (1 - TOY_Q) / TOY_VALUES
     rho = (TOY_Q + u) / u
