@@ -18,7 +18,7 @@ MANY = 10 ** 9  # a bound that only keeps slips of the keyboard out
 class Config:
     config: OneOf("toy", "toy_few", "toy_paper", "small", "small_few", "small_paper",
                   "full") = "toy"  # preset: see PRESETS
-    seed: Whole(0, 2 ** 63 - 1) = 0  # every draw of a step depends on (seed, stage, step) alone
+    seed: Whole(0, 2 ** 63 - 1) = 0  # all draws depend on (seed, stage, step, process) alone
     from_: Text() = ""           # --from: folder of another run, or of one of its stages, for the
     #   stages that this run does not have itself
     again: Switch() = False      # train a finished stage anew

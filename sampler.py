@@ -38,8 +38,9 @@ class Decoded:
 
     @property
     def clean(self):
-        """(N, R) filled, with [EOS] in slots that were never committed. No scored token depends
-        on those: they are in the row's last block, or after it."""
+        """(N, R) filled, with [EOS] in slots that were never committed: the clean text of a replay.
+        No prediction of a written token sees those: they are in the row's last block or after it,
+        and a block is predicted from the clean text before it and from its own state."""
         return torch.where(self.filled == MASK, EOS, self.filled)
 
     def take(self, rows):
@@ -67,8 +68,9 @@ class Threshold:
     tau: float
 
     def choose(self, logp, open_, forced):
-        """logp (N, B, V); open_ (N, B) bool, as from open_slots; forced (N, B), those
-        that must be committed -> slots to commit now (N, B). Never looks at drawn tokens."""
+        """logp (N, B, V); open_ (N, B) bool, as from open_slots; forced (N, B), those that must be
+        committed: slot 0 in step 0 of a block, none later (see commit) -> slots to commit now
+        (N, B). Never looks at drawn tokens."""
         confidence = logp.amax(-1).exp()                          # (N, B)
         confidence = torch.where(open_, confidence, -1.0)
         sure = confidence > self.tau

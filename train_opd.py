@@ -9,9 +9,10 @@ teacher's. The teacher reads the student's response from left to right, also the
 still masked for the student (GKD, arXiv 2306.13649; OPDLM, arXiv 2606.06712). It needs no
 reference for what is written, only one teacher forward for each response.
 
-The paper uses the forward KL, as toy_paper does. A forward KL makes the student as unsure as its
-teacher, and a student that is less sure needs more forwards. So after CFT on all text our presets
-use the JSD.
+The paper uses the forward KL, as toy_paper does. It has no upper bound where the teacher is unsure
+and the student is not, so it pulls a sure student hard, and a student that is less sure needs more
+forwards. The JSD is smallest at the same place, where both agree, but it is never above log 2. So
+after CFT on all text our presets use the JSD.
 
 Logged: loss, which is the divergence, and the figures of CFT.
 """
