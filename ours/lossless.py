@@ -87,9 +87,9 @@ def accept(x, q, p, rng):
 
     x is accepted with probability min(1, p(x) / q(x)). If it is rejected, another token is drawn in
     proportion to what q lacks, max(p - q, 0). Together this is a draw from p: the accepted mass is
-    min(p, q); the rejected mass is the sum of max(q - p, 0), which is that of max(p - q, 0), since p
-    and q both sum to 1. It all goes to what q lacks, and min(p, q) + max(p - q, 0) = p (speculative
-    sampling, arXiv 2211.17192)."""
+    min(p, q); the rejected mass is the sum of max(q - p, 0), which is that of max(p - q, 0), since
+    p and q both sum to 1. It all goes to what q lacks, and min(p, q) + max(p - q, 0) = p
+    (speculative sampling, arXiv 2211.17192)."""
     of_x = x[..., None]                                           # (N, B, 1)
     p_x, q_x = p.gather(-1, of_x)[..., 0], q.gather(-1, of_x)[..., 0]   # (N, B)
     u = torch.rand(p_x.shape, generator=rng, device=p.device)
