@@ -29,7 +29,7 @@ from plumbing.checkpoint import load_stage
 from plumbing.script import script
 from plumbing.settings import OneOf, Real, Text, UserError
 from report.intervals import paired_interval
-from report.speed import BATCHES, in_turn, job
+from report.speed import BATCHES, rounds_at
 from report.table import Result, chosen_seeds, make_report, write_report
 from trainer import decode_split, load_world
 
@@ -43,9 +43,10 @@ class Options:
 
 def without_traces(world):
     """The World whose users have an empty trace, and all else as it was."""
-    splits = {name: getattr(world, name) for name in ("train", "val", "test")}
-    splits = {name: dataclasses.replace(split, trace=split.trace[:, :0])
-              for name, split in splits.items()}
+    splits = {}
+    for name in ("train", "val", "test"):
+        split = getattr(world, name)
+        splits[name] = dataclasses.replace(split, trace=split.trace[:, :0])
     return dataclasses.replace(world, checksum=f"{world.checksum}, no traces", **splits)
 
 
@@ -62,8 +63,7 @@ def times_as_fast(decoders, seconds):
     decoders: {row: (settings, World, decoder)}."""
     found = {row: {} for row in decoders}
     for batch in BATCHES:
-        jobs = {row: job(*of_row, batch) for row, of_row in decoders.items()}
-        taken = in_turn(jobs, seconds)                            # {row: (rounds, 2)}
+        taken = rounds_at(batch, decoders, seconds)               # {row: (rounds, 2)}
         first = next(iter(taken.values()))[:, 0]                  # (rounds,) seconds
         for row, rounds in taken.items():
             found[row][f"speedup_b{batch}"] = np.median(first / rounds[:, 0])

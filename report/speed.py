@@ -45,6 +45,11 @@ def job(cfg, world, decoder, batch):
     return run
 
 
+def rounds_at(batch, decoders, seconds):
+    """Times decoders {row: (settings, World, decoder)} in turn: {row: (rounds, 2)}, see in_turn."""
+    return in_turn({row: job(*of_row, batch) for row, of_row in decoders.items()}, seconds)
+
+
 def speeds(cfg, world, decoders, seconds):
     """Times the decoders {row: decoder}, one of which is "ar", for so many seconds at each batch
     size: {row: {"latency_ms": of a single response, "speedup_b1", "speedup_b64"}}.
@@ -53,8 +58,8 @@ def speeds(cfg, world, decoders, seconds):
     The prompt's forward counts."""
     times = {row: {} for row in decoders}
     for batch in BATCHES:
-        jobs = {row: job(cfg, world, decoder, batch) for row, decoder in decoders.items()}
-        taken = in_turn(jobs, seconds)
+        of_rows = {row: (cfg, world, decoder) for row, decoder in decoders.items()}
+        taken = rounds_at(batch, of_rows, seconds)
         rate = {row: rounds[:, 1] / rounds[:, 0] for row, rounds in taken.items()}  # (rounds,)
         for row, found in times.items():
             if batch == 1:

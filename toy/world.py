@@ -14,7 +14,7 @@ from data import (CANDIDATES, HISTORY, LABEL, NONE, PROFILE, SPECIAL, Split, Wor
 TOY_ATTRIBUTES, TOY_VALUES, TOY_HISTORY = 3, 5, 6
 TOY_Q = 0.6        # q
 TOY_PRIOR = 0.25   # the target's place c has probability ~ exp(-TOY_PRIOR * c)
-TOY_EXPERT = 4     # the expert's error (--world toy_expert, toy_target): places weigh so much more
+TOY_EXPERT = 4     # the expert's error: places weigh so many times as much (toy_expert, toy_target)
 TOY_MOST = 3       # evidence counts stop here: 3 means three or more
 TOY_DRAWN = 40000  # users are drawn in chunks of this size, so a smaller n has the first of them
 
