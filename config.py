@@ -18,7 +18,7 @@ MANY = 10 ** 9  # a bound that only keeps slips of the keyboard out
 class Config:
     config: OneOf("toy", "toy_few", "toy_paper", "small", "small_few", "small_paper",
                   "full") = "toy"  # preset: see PRESETS
-    seed: Whole(0, 2 ** 63 - 1) = 0  # all draws depend on (seed, stage, step, process) alone
+    seed: Whole(0, 2 ** 63 - 1) = 0  # training draws depend on (seed, stage, step, process) alone
     from_: Text() = ""           # --from: folder of another run, or of one of its stages, for the
     #   stages that this run does not have itself
     again: Switch() = False      # train a finished stage anew
@@ -52,7 +52,7 @@ class Config:
     # Training, the same for all stages
     batch_size: Whole(1, 10 ** 6) = 32
     grad_clip: Real(above=0) = 1.0    # longer gradients are shortened to this norm
-    bfloat16: Switch() = True         # training forwards in bfloat16, where the hardware can
+    bfloat16: Switch() = True         # training forwards in bfloat16: any GPU, or a CPU that has it
     warmup: Whole(1, MANY) = 50       # steps of rising rate, at most a tenth of a stage
     answer_weight: Real(above=0) = 4.0  # loss weight of an answer token; a trace token has 1
     every: Whole(1, MANY) = 100       # save, and show the valid rate, after so many steps
@@ -75,8 +75,8 @@ class Config:
     cft_prompts: Whole(1, MANY) = 10 ** 6  # training prompts used, at most
     cft_first_steps: Real(0, 1) = 0.3  # ours [0]: share of blocks that are masked completely, as in
     #   the first step of decoding
-    cft_misplace: Real(0, 1) = 0.2  # ours [0]: of an answer's states that show a label and mask
-    #   another, the share that show one in a wrong place
+    cft_misplace: Real(0, 1) = 0.2  # ours [0]: share of an answer's states with a shown label in
+    #   a wrong place, among those that show a label and mask another
     cft_ar_weight: Real(0) = 1.0   # ours [0]: weight of the AR loss in the mix
 
     # OPD: on-policy distillation
@@ -133,7 +133,7 @@ FEW = dict(
     block_size=16,
     cft_gold=False,
     cft_prompts=300,
-    cft_steps=200,  # with more steps the responses are learned by heart
+    cft_steps=200,
     cft_lr=1e-3,
     opd_steps=400,
     opd_lr=1e-3,
@@ -187,7 +187,7 @@ PRESETS = {
         rl_prompts=16),
 }
 
-STAGES = ("ar", "cft", "opd", "rl")  # each starts from the weights of the one before
+STAGES = ("ar", "cft", "opd", "rl")  # each starts from the latest one before it that has finished
 
 
 def folder(cfg, *parts):

@@ -87,7 +87,8 @@ class World:
 # --- Tokens -----------------------------------------------------------------------------------
 
 def pack(tokens, left):
-    """Moves the [PAD] of each row (N, T) to one side; the other tokens keep their order."""
+    """Moves the [PAD] of each row (N, T) to one side, and cuts columns that are [PAD] in all rows.
+    The other tokens keep their order."""
     is_pad = tokens == PAD
     # A stable sort by the question "is it padding?".
     order = np.argsort(~is_pad if left else is_pad, axis=1, kind="stable")
@@ -97,7 +98,7 @@ def pack(tokens, left):
 
 
 def responses(trace, order):
-    """trace (N, T), order (N, K) of labels, -1 = none -> responses (N, T + K + 2)."""
+    """trace (N, T), order (N, K) of labels, -1 = none -> responses (N, R), R at most T + K + 2."""
     n = len(trace)
     answer = np.full((n, 1), ANSWER, np.int16)
     labels = np.where(order >= 0, order + LABEL, PAD).astype(np.int16)

@@ -176,7 +176,7 @@ def decode_states(decoded, block, step):
 def replay_logp(model, prompt, decoded, temperature=0.0):
     """Log-probabilities (N, R) of the decoded tokens, each in the state in which it was
     committed; 0 outside the response. Differentiable. For the model that decoded, they are
-    decoded.logp.
+    decoded.logp, but for rounding.
 
     A block depends on the clean text before it only, so all states of all blocks are segments of
     one forward (TraceRL, arXiv 2509.06949). Which slots are committed follows from the state; only

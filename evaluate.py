@@ -4,8 +4,8 @@
     python evaluate.py --config toy --show 3      # three users: what AR and the student wrote
     python evaluate.py --config toy --seeds 0,1,2
 
-Reads the checkpoints under runs/<config>/seed*/, and writes report.json and report.md to
-runs/<config>/. The students are decoded with one block size, commit rule and tau; on the first
+Reads the checkpoints of --seed, or those of --seeds, under runs/<config>/, and writes report.json
+and report.md there. The students are decoded with one block size, commit rule and tau; on the first
 users also with other values of tau (the curve). Every metric of a ranking is computed twice: *as
 served*, where an invalid answer is repaired, and *strict*, where it scores 0. The rows:
 
@@ -100,7 +100,7 @@ def score(world, split, tokens, forwards=None):
 # --- Decoding every stage ---------------------------------------------------------------------
 
 def models_of(stages):
-    """{row: model} for the rows of the table that stages, {stage: (model, checkpoint)}, allow."""
+    """{stage: (model, checkpoint)} -> {row: model}, the rows of the table that can be decoded."""
     ar, _ = stages["ar"]
     models = {"ar": ar, "naive": ar}
     models |= {stage: model for stage, (model, _) in stages.items()}

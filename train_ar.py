@@ -50,7 +50,7 @@ def ar_loss(cfg, model, prompt, response):
 
 def main(cfg):
     world = load_world(cfg)
-    model = start_from(cfg, world, "ar")  # random; later stages get the weights of the one before
+    model = start_from(cfg, world, "ar")  # random; a later stage gets those of an earlier one
     run = Run(cfg, "ar", model, world)
     kinds = examples_of(world.train, cfg.trace)
     for step in run.steps():

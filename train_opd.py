@@ -60,7 +60,8 @@ def divergence(student_logits, teacher_logits, kind):
 
 
 def draw_steps(decoded, block, rng):
-    """A step of each block (N, M), uniform among those that the sampler took there: (N, M).
+    """Draws a step of each block: block (N, M) -> (N, M), uniform among the steps that the sampler
+    took there.
 
     It is 0 for a block after the response's end, where nothing is scored."""
     step = take_blocks(decoded.commit_step, block, decoded.block_size)  # (N, M, B)

@@ -5,7 +5,8 @@
 The student samples a group of responses to each prompt. The reward says how far the target rose.
 The ratio compares the probabilities of a token in the very state in which it was committed. It
 ignores that an updated model might commit other slots. With --trace bound only answers are
-sampled: a prompt is a reference trace. With --block_size 1 this trains the teacher (`make paper`).
+sampled: a prompt is a reference trace. With --block_size 1, where there is no student yet,
+it begins with the teacher and trains the teacher (`make paper`).
 
 Logged, beside the figures of CFT:
     reward, sampled_valid, copied    mean reward; shares of valid answers, and of copies of the list
@@ -86,9 +87,8 @@ def score_answers(cfg, world, rows, decoded):
 def update_policy(cfg, run, prompt, decoded, advantage):
     """rl_epochs updates on the same responses; clipping has an effect from the second on.
 
-    The old log-probabilities come from the first replay, not from the sampler. In float32 both are
-    equal. In bfloat16 the sampler's, which are float32, would differ by rounding, and the first
-    ratio would not be 1.
+    The old log-probabilities come from the first replay, not from the sampler, so the first ratio
+    is exactly 1. The sampler's differ by rounding, in bfloat16 by more: it computes in float32.
     prompt (N, P), advantage (N,) -> figures for the log."""
     is_token = decoded.tokens != PAD                              # (N, R)
     old_logp = None

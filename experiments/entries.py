@@ -57,11 +57,25 @@ PARTS = {
     "first steps alone": student("cft", "AR", **{**NOTHING, "cft_first_steps": 0.3}),
     "misplaced labels alone": student("cft", "AR", **{**NOTHING, "cft_misplace": 0.2}),
     "AR loss alone": student("cft", "AR", **{**NOTHING, "cft_ar_weight": 1.0}),
-    "apart alone": student("", "nothing of ours", commit="apart")}
+    "apart alone": student("", "nothing of ours", commit="apart"),
+    "own AR": student("", "CFT", block_size=1),
+    "own AR without AR loss": student("", "no AR loss", block_size=1)}
 WORTH = (("CFT", "no first steps"), ("CFT", "no misplaced labels"), ("CFT", "no AR loss"),
-         ("CFT", "threshold rule"),
+         ("CFT", "threshold rule"), ("own AR", "own AR without AR loss"),
          *against("nothing of ours", "CFT", "first steps alone", "misplaced labels alone",
                   "AR loss alone", "apart alone"))
+
+# The paper's recipe, whose teacher is trained by AR, then by RL. Our commit rule costs nothing.
+PAPER = {
+    "AR": student("ar"),
+    "GR2": student("rl", "AR", block_size=1),
+    "CFT": student("cft", "GR2", block_size=32),
+    "more CFT": student("cft", "GR2", block_size=32, cft_steps="+800"),
+    "CFT apart": student("", "CFT", commit="apart"),
+    "OPD": student("opd", "CFT"),
+    "RL": student("rl", "OPD")}
+STAGES = (("GR2", "AR"), ("CFT", "GR2"), ("OPD", "CFT"), ("OPD", "more CFT"),
+          ("OPD", "CFT apart"), ("RL", "OPD"))
 
 ENTRIES = {
     # Three forwards are the least.
@@ -80,29 +94,28 @@ ENTRIES = {
         taus=(0.2, 0.3, 0.5),
         forwards=3.3),
 
-    # The paper's recipe, whose teacher is trained by AR, then by RL. A hundred steps of OPD, with
-    # four roll-outs a prompt, take less time than 800 steps of CFT. Our commit rule costs nothing.
+    # A hundred steps of OPD, with four roll-outs a prompt, take less time than 800 steps of CFT.
     "paper": Entry(
         "The paper's recipe as it is written: what does each stage add?",
         config="toy_paper",
-        students={
-            "AR": student("ar"),
-            "GR2": student("rl", "AR", block_size=1),
-            "CFT": student("cft", "GR2", block_size=32),
-            "more CFT": student("cft", "GR2", block_size=32, cft_steps="+800"),
-            "CFT apart": student("", "CFT", commit="apart"),
-            "OPD": student("opd", "CFT"),
-            "RL": student("rl", "OPD")},
-        claims=(("GR2", "AR"), ("CFT", "GR2"), ("OPD", "CFT"), ("OPD", "more CFT"),
-                ("OPD", "CFT apart"), ("RL", "OPD")),
-        taus=(0.5, 0.7, 0.8, 0.9, 0.95),
+        students=PAPER,
+        claims=STAGES,
+        taus=(0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
         forwards=8.5),
+    "paper_beauty": Entry(
+        "The paper's recipe on Amazon Beauty, with fewer steps of CFT: what does each stage add?",
+        config="small_paper",
+        settings=dict(cft_steps=1000, n_val=300),
+        students={**PAPER, "more CFT": student("cft", "GR2", block_size=32, cft_steps="+300")},
+        claims=STAGES,
+        taus=(0.7, 0.9, 0.95),
+        forwards=12.0),
 
-    # A step of OPD takes the FLOPs of 1.5 steps of CFT. In its 400 steps the
-    # teacher reads 12,800 roll-outs, each in one forward. In so many forwards it could have
-    # written 278 responses of 46 tokens: the control that learns from 578. It comes with as many
-    # epochs as CFT, too, since more can be worse where responses are learned by heart. RL's 30
-    # roll-outs take the time of 200 steps of OPD; its control has 300 more.
+    # A step of OPD takes the FLOPs of 1.5 steps of CFT. In its 400 steps the teacher reads 12,800
+    # roll-outs, each in one forward. In so many forwards it could have written 278 responses of 46
+    # tokens: the control that learns from 578. It comes with as many epochs as CFT, and with as
+    # many steps as more CFT. RL's 30 roll-outs take the time of about 260 steps of OPD; its
+    # control has 300 more.
     "few_300": Entry(
         "The teacher has written 300 responses: does OPD pay, and then RL?",
         config="toy_few",
@@ -156,7 +169,7 @@ ENTRIES = {
             "CFT of RL": student("cft", "RL", cft_gold=False, cft_prompts=3000, block_size=19)},
         claims=(("RL", "AR"), ("RL", "more AR"), ("RL", "AR told"), ("CFT of RL", "CFT of AR"))),
 
-    # All runs of RL cost the same; 40 roll-outs of 64 answers take the time of 250 steps of CFT.
+    # All runs of RL cost the same; 40 roll-outs of 64 answers take more time than 250 steps of CFT.
     "hacking": Entry(
         "A format bonus that is always paid: does it teach a weak student to copy the list?",
         settings=dict(rl_steps=40),

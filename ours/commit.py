@@ -15,8 +15,8 @@ from sampler import Threshold
 
 @dataclass(frozen=True)
 class Apart:
-    """Commits what Threshold commits, but of slots that want one label only the forced one, or else
-    the surest.
+    """Commits what Threshold commits, with one exception: if several of these slots want the same
+    label, only the forced one is committed, or else the surest.
 
     labels: the tokens that may stand only once in an answer, a range. The rule looks at the
     likeliest token of a slot; at temperature 1 another token may be drawn."""

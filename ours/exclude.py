@@ -19,7 +19,8 @@ def exclude_shown(teacher_logits, decoded, block, masked, scored):
     masked slots of the state that later got a label.
 
     teacher_logits (n, V) of the slots scored (N, M, B); masked (N, M, B) -> (n, V). A slot 0 that
-    is committed keeps its logits: it is predicted from the clean text, where its label is right."""
+    is committed keeps its logits: it is predicted from the clean text before the block, and there
+    its own label is not taken yet."""
     B = decoded.block_size
     is_label = take_blocks(is_answer_label(decoded.tokens), block, B)   # (N, M, B)
     label = take_blocks(decoded.tokens, block, B)

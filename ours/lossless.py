@@ -53,7 +53,8 @@ def amend(draft, best):
 
 @torch.no_grad()
 def lossless_decode(model, prompt, max_len, block_size, rule):
-    """The greedy text of model.ar_decode, in fewer forwards: prompt (N, P) -> Decoded.
+    """The greedy text of model.ar_decode, in fewer forwards: prompt (N, P) -> Decoded, in blocks
+    of one token. Its logp is not computed and stays 0.
 
     rule: which slots of a draft are committed together, as for block_decode."""
     N, P = prompt.shape

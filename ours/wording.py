@@ -2,8 +2,8 @@
 
 A trace is a function of the prompt, so tokens that are written at once fit together by
 themselves. Free text is not like that: it can be said in several ways, and one that has been begun
-must be kept to. Here every word of a trace has a synonym (x3:1 and x3:1'), and a coin says which
-of the two is written:
+must be kept to. Here every word of a trace but labels, <profile> and <none> has a synonym (x3:1
+and x3:1'), and a coin says which of the two is written:
 
     fixed       L1 x3:1  y4:0  z4:0    L2 x4:0  y1:1  z2:0     no coin: as everywhere else
     token       L1 x3:1' y4:0  z4:0'   L2 x4:0  y1:1' z2:0     a coin for each token
@@ -11,8 +11,9 @@ of the two is written:
     trace       L1 x3:1' y4:0' z4:0'   L2 x4:0' y1:1' z2:0'    for the whole trace
 
 A token by itself is equally doubtful in the last three. But a forward draws its slots
-independently, which is right for `token` alone: elsewhere it mixes wordings. Labels, <profile> and
-<none> have no synonym, and prompts never show one. All wordings are equally true (World.plain).
+independently, which is right for `token` alone: elsewhere it mixes wordings. The history
+and the candidates are never reworded; only a trace shows a synonym. All wordings are equally true
+(World.plain).
 """
 import dataclasses
 
@@ -25,10 +26,11 @@ MARK = "'"  # the synonym of x3:1 is x3:1'
 
 
 def reword(world, wording):
-    """The World with synonyms, at the end of its vocabulary, in its traces; "fixed": the same.
+    """The World with synonyms in its traces; with "fixed" it stays as it is.
 
-    Every word after the labels gets one, so that no size of a split moves their numbers; those of
-    words that prompts alone use are never written. Raises UserError if they cannot be words."""
+    The synonyms come last in the vocabulary. Every word after the labels gets one, also a word
+    that no trace has: so their numbers do not depend on the size of a split. Raises UserError if a
+    synonym is a word already, or if there are too many words for int16."""
     if wording == "fixed":
         return world
     first, n_words = LABEL + world.n_labels, len(world.words)
@@ -51,7 +53,7 @@ def reword(world, wording):
 def drawn(trace, number, n_labels, wording):
     """Where the traces (N, T) of split `number` get a synonym: bool (N, T).
 
-    The coins fall row by row, so the same users come first whatever N is. There is one for every
+    The coins fall row by row, so a user has the same ones whatever N is. There is one for every
     position; a statement takes that of its first token, a trace that of its first."""
     coin = np.random.default_rng([8, number]).integers(2, size=trace.shape, dtype=bool)  # (N, T)
     decided = np.take_along_axis(coin, decided_at(trace, n_labels, wording), 1)
@@ -77,8 +79,8 @@ def decided_at(trace, n_labels, wording):
 # --- Measures -----------------------------------------------------------------------------------
 
 def entropy_bits(world, wording):
-    """Entropy of how a test user's trace is worded, in bits, exactly: the coins that decide a
-    token, in the mean over users. The World may be reworded or not."""
+    """Entropy of how a test user's trace is worded, in bits. It is exact: the number of coins that
+    decide at least one token, averaged over users. The World may be reworded or not."""
     if wording == "fixed":
         return 0.0
     trace = world.test.trace                                      # (N, T)
@@ -91,7 +93,7 @@ def entropy_bits(world, wording):
 
 def consistency(world, tokens, wording):
     """Share of statements, in responses (N, R), that keep to one wording -> (N,); for "trace",
-    whether the whole trace does. nan where there is none that could mix: it takes two words.
+    whether the whole trace does. nan where no part has two words with synonyms.
 
     Slots drawn independently keep m words alike with probability 2^(1 - m)."""
     share = np.full(len(tokens), np.nan)

@@ -32,8 +32,9 @@ def toy_oracle(counts, items, list_length, slope=TOY_PRIOR):
     counts (N, A, V): how often the history has each value; items (N, K, A); list_length (N,).
     A history item has value v with probability q + u if v is the favourite, else u, where
     u = (1 - q) / V. So the favourite's posterior is f_v ~ rho^count_v, rho = (q + u) / u. An item
-    that the user takes has value v with probability p_v = q f_v + u, another item with 1 / V. To
-    make a candidate the target, replace its factors 1 / V by p_v:
+    that the user takes has value v with probability p_v = q f_v + u, another item with 1 / V. The
+    likelihood of a list has a factor 1 / V for each attribute of each candidate; those of the
+    target are p_v instead. So, but for a constant,
         score = -slope place + sum over attributes of log(V p_v)"""
     u = (1 - TOY_Q) / TOY_VALUES
     rho = (TOY_Q + u) / u
