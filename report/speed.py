@@ -57,8 +57,8 @@ def speeds(cfg, world, decoders, seconds):
     All are medians over rounds. A speed-up is that of tokens a second over AR's in the same round.
     The prompt's forward counts."""
     times = {row: {} for row in decoders}
+    of_rows = {row: (cfg, world, decoder) for row, decoder in decoders.items()}
     for batch in BATCHES:
-        of_rows = {row: (cfg, world, decoder) for row, decoder in decoders.items()}
         taken = rounds_at(batch, of_rows, seconds)
         rate = {row: rounds[:, 1] / rounds[:, 0] for row, rounds in taken.items()}  # (rounds,)
         for row, found in times.items():
