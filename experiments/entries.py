@@ -78,6 +78,12 @@ PAPER_CLAIMS = (("GR2", "AR"), ("CFT", "GR2"), ("OPD", "CFT"), ("OPD", "more CFT
                 ("OPD", "CFT apart"), ("RL", "OPD"), ("RL", "CFT apart"))
 PAPER_TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
+# Rounds of RL with 1,600 lists in all; supervised training on these lists with their targets; CFT
+# on the teacher's own responses.
+ROUNDS = dict(rl_steps=100, rl_lr=3e-4, rl_prompts=16, rl_group=16)
+TOLD = dict(world="toy_target", cft_prompts=1600, block_size=1, **NOTHING)
+OWN_TEXT = dict(cft_gold=False, cft_prompts=3000)
+
 ENTRIES = {
     # Three forwards are the least.
     "cft": Entry(
@@ -96,7 +102,8 @@ ENTRIES = {
         forwards=3.3),
 
     # A hundred steps of OPD, with four roll-outs a prompt, take about as long as 800 steps of CFT.
-    # On Beauty 50 of them take somewhat longer than 400.
+    # On Beauty 50 of them take somewhat longer than 400. There RL's 30 rounds take 1.6 times as long
+    # as the 50 steps of OPD; more OPD has 90 steps more.
     "paper": Entry(
         "The paper's recipe as it is written: what does each stage add?",
         config="toy_paper",
@@ -108,8 +115,9 @@ ENTRIES = {
         "The paper's recipe on Amazon Beauty, with fewer steps of CFT: what does each stage add?",
         config="small_paper",
         settings=dict(cft_steps=1000, n_val=500),
-        students={**PAPER, "more CFT": student("cft", "GR2", block_size=32, cft_steps="+400")},
-        claims=PAPER_CLAIMS,
+        students={**PAPER, "more CFT": student("cft", "GR2", block_size=32, cft_steps="+400"),
+                  "more OPD": student("opd", "CFT", opd_steps="+90")},
+        claims=(*PAPER_CLAIMS, ("RL", "more OPD")),
         taus=PAPER_TAUS,
         forwards=13.0),
 
@@ -155,9 +163,10 @@ ENTRIES = {
                 *against("JSD", "forward KL", "reverse KL", "nothing excluded")),
         forwards=4.0),
 
-    # RL of the teacher itself, token by token. Its control learns the expert's text for as many
-    # FLOPs: 5 steps for each roll-out. "AR told" is a bound and no control, as it is told what
-    # the users of all training lists took. CFT converts both teachers on their own responses.
+    # RL of the teacher, token by token, and of the student, in blocks. It draws 256 responses in
+    # each round. The controls of the teacher: 5 more steps for each round, which are as many FLOPs;
+    # supervised training that is told what the users of the same 1,600 lists took (CFT with blocks
+    # of one token is AR training). "AR told" is a bound and no control: it is told for all lists.
     "expert": Entry(
         "The text ranks as an expert who errs: does RL learn what the users took instead?",
         settings=dict(world="toy_expert"),
@@ -165,11 +174,14 @@ ENTRIES = {
             "AR": student("ar"),
             "more AR": student("ar", ar_steps="+500"),
             "AR told": student("ar", world="toy_target"),
-            "RL": student("rl", "AR", block_size=1, rl_steps=100, rl_lr=3e-4, rl_prompts=16,
-                          rl_group=16),
-            "CFT of AR": student("cft", "AR", cft_gold=False, cft_prompts=3000),
-            "CFT of RL": student("cft", "RL", cft_gold=False, cft_prompts=3000, block_size=19)},
-        claims=(("RL", "AR"), ("RL", "more AR"), ("RL", "AR told"), ("CFT of RL", "CFT of AR"))),
+            "AR told 1600": student("cft", "AR", **TOLD, cft_steps=100),
+            "RL": student("rl", "AR", block_size=1, **ROUNDS),
+            "CFT of AR": student("cft", "AR", **OWN_TEXT),
+            "CFT of RL": student("cft", "RL", **OWN_TEXT, block_size=19),
+            "RL in blocks": student("rl", "CFT of AR", **ROUNDS)},
+        claims=(*against("AR", "RL", "AR told 1600"),
+                *(("RL", control) for control in ("more AR", "AR told 1600", "AR told")),
+                *against("CFT of AR", "CFT of RL", "RL in blocks"))),
 
     # All runs of RL cost the same; 40 roll-outs of 64 answers take more time than 250 steps of CFT.
     "hacking": Entry(

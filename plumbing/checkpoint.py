@@ -27,8 +27,9 @@ except ModuleNotFoundError:  # Windows
     fcntl = None
     import msvcrt
 
-# What the checkpoint of another run must share, or its tokens would mean something else
-MEANING = ("n_layer", "n_head", "d_model", "world", "trace", "wording", "n_candidates")
+# What the checkpoint of another run must share beside the words and the data, or its tokens would
+# mean something else
+MEANING = ("n_layer", "n_head", "d_model", "trace", "wording", "n_candidates")
 
 
 # --- Files ------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ MUTATIONS = {
         ("np.argsort(-score", "np.argsort(score", "beauty"),
         ("recent = shown[:, HIST - 1::-1]", "recent = shown[:, :HIST]", "beauty/prompts")],
     "plumbing/checkpoint.py": [
-        ('"world", "trace", "wording"', '"world", "wording"', "files"),
+        ('"d_model", "trace", "wording"', '"d_model", "wording"', "files"),
         ("if error.errno in (errno.EACCES, errno.EAGAIN)", "if True", "files"),
         ('if not world.startswith("beauty"):', "if True:", "files/code")],
     "experiments/compare.py": [

@@ -197,8 +197,8 @@ def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
     weights = {stage: train(there, stage, i + 1, i + 1)
                for i, stage in enumerate(("ar", "cft", "opd"))}
     run = str(tmp_path / "there" / "toy" / "seed0")
-    # Another run may have been trained in another way: other seed, other rate.
-    cfg = replace(TINY, run_dir=str(tmp_path / "here"), seed=1, cft_lr=0.5)
+    # Another run may have been trained in another way: other seed, other rate, other text.
+    cfg = replace(TINY, run_dir=str(tmp_path / "here"), seed=1, cft_lr=0.5, world="toy_target")
     of_run, of_stage = replace(cfg, from_=run), replace(cfg, from_=f"{run}/cft")
     assert same(begin(of_run, "cft"), weights["ar"])
     assert same(begin(of_run, "rl"), weights["opd"])
@@ -212,8 +212,8 @@ def test_another_run_is_named_by_its_folder_or_by_that_of_a_stage(tmp_path):
     of_teacher = replace(cfg, seed=2, from_=os.path.dirname(ck.own_path(teacher, "rl")))
     assert same(begin(of_teacher, "cft"), after_rl) and not ck.finished(of_teacher, "rl")
     assert ck.finished(teacher, "rl")
-    changes = dict(trace="free", world="toy_expert", wording="token", n_candidates=4, n_layer=2,
-                   n_head=2, d_model=16)  # with which its tokens would mean something else
+    changes = dict(trace="free", wording="token", n_candidates=4, n_layer=2, n_head=2,
+                   d_model=16)  # with which its tokens would mean something else
     for name, value in changes.items():
         assert f"({name}={getattr(there, name)} there, {value} now): use the same" in refusal(
             begin, replace(of_run, run_dir=str(tmp_path / "third"), **{name: value}), "opd")
