@@ -81,7 +81,7 @@ PAPER_TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 # Rounds of RL with 1,600 lists in all; supervised training on these lists with their targets; CFT
 # on the teacher's own responses.
 ROUNDS = dict(rl_steps=100, rl_lr=3e-4, rl_prompts=16, rl_group=16)
-TOLD = dict(world="toy_target", cft_prompts=1600, block_size=1, **NOTHING)
+TOLD = dict(world="toy_target", cft_prompts=1600)
 OWN_TEXT = dict(cft_gold=False, cft_prompts=3000)
 
 ENTRIES = {
@@ -146,27 +146,28 @@ ENTRIES = {
         taus=(0.3, 0.5, 0.7, 0.8, 0.9),
         forwards=7.0),
 
-    # 200 steps take the time of 300 steps of CFT.
+    # As many steps each. There is no control of more CFT, since OPD is not better than CFT.
     "opd": Entry(
         "After CFT on all text: which divergence, and do our parts of OPD pay?",
         settings=dict(opd_steps=200, opd_lr=2e-4),
         students={
             "AR": student("ar"),
             "CFT": student("cft", "AR"),
-            "more CFT": student("cft", "AR", cft_steps="+300"),
             "JSD": student("opd", "CFT"),
             "forward KL": student("opd", "CFT", opd_divergence="forward"),
             "reverse KL": student("opd", "CFT", opd_divergence="reverse"),
             "nothing excluded": student("opd", "CFT", opd_exclude=False)},
-        claims=(*against("CFT", "JSD", "more CFT"),
-                *against("more CFT", "JSD", "forward KL", "reverse KL", "nothing excluded"),
+        claims=(("JSD", "CFT"),
                 *against("JSD", "forward KL", "reverse KL", "nothing excluded")),
         forwards=4.0),
 
     # RL of the teacher, token by token, and of the student, in blocks. It draws 256 responses in
-    # each round. The controls of the teacher: 5 more steps for each round, which are as many FLOPs;
-    # supervised training that is told what the users of the same 1,600 lists took (CFT with blocks
-    # of one token is AR training). "AR told" is a bound and no control: it is told for all lists.
+    # each round. Controls of the teacher: 5 more steps for each round, which are as many FLOPs, and
+    # supervised training that is told what the users of 1,600 lists took (CFT with blocks of one
+    # token is AR training). "AR told" is a bound and no control: it is told for all lists. The
+    # supervised steps and rate are the best of six on the validation users of seed 0, RL's rate is
+    # the best of three. On those of seed 1 the steps and the rate of "CFT told 1600" are the best of
+    # four, and with roll-outs at tau .9 RL in blocks does no better at a higher rate, nor at tau .5.
     "expert": Entry(
         "The text ranks as an expert who errs: does RL learn what the users took instead?",
         settings=dict(world="toy_expert"),
@@ -174,14 +175,19 @@ ENTRIES = {
             "AR": student("ar"),
             "more AR": student("ar", ar_steps="+500"),
             "AR told": student("ar", world="toy_target"),
-            "AR told 1600": student("cft", "AR", **TOLD, cft_steps=100),
+            "AR told 1600": student("cft", "AR", **TOLD, **NOTHING, block_size=1, cft_steps=500,
+                                    cft_lr=5e-4),
             "RL": student("rl", "AR", block_size=1, **ROUNDS),
             "CFT of AR": student("cft", "AR", **OWN_TEXT),
             "CFT of RL": student("cft", "RL", **OWN_TEXT, block_size=19),
-            "RL in blocks": student("rl", "CFT of AR", **ROUNDS)},
+            "RL in blocks": student("rl", "CFT of AR", **ROUNDS, rl_tau=1.0),
+            "RL in blocks at .9": student("rl", "CFT of AR", **ROUNDS),
+            "CFT told 1600": student("cft", "AR", **TOLD)},
         claims=(*against("AR", "RL", "AR told 1600"),
                 *(("RL", control) for control in ("more AR", "AR told 1600", "AR told")),
-                *against("CFT of AR", "CFT of RL", "RL in blocks"))),
+                *against("CFT of AR", "CFT of RL", "RL in blocks", "RL in blocks at .9"),
+                *(("RL in blocks", control)
+                  for control in ("RL in blocks at .9", "CFT told 1600")))),
 
     # All runs of RL cost the same; 40 roll-outs of 64 answers take more time than 250 steps of CFT.
     "hacking": Entry(
@@ -211,7 +217,7 @@ ENTRIES = {
             "statement": student("cft", "AR statement"),
             "greedy text": student("cft", "AR statement", cft_gold=False, cft_prompts=10000),
             "more CFT": student("cft", "AR statement", cft_steps="+300"),
-            "OPD": student("opd", "statement", opd_steps=200, opd_lr=1e-3,
+            "OPD": student("opd", "statement", opd_steps=200, opd_lr=2e-4,
                            opd_divergence="reverse"),
             "AR trace": student("ar", wording="trace"),
             "trace": student("cft", "AR trace")},
