@@ -78,7 +78,7 @@ PAPER_CLAIMS = (("GR2", "AR"), ("CFT", "GR2"), ("OPD", "CFT"), ("OPD", "more CFT
                 ("OPD", "CFT apart"), ("RL", "OPD"), ("RL", "CFT apart"))
 PAPER_TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
-# Rounds of RL with 1,600 lists in all; supervised training on these lists with their targets; CFT
+# Rounds of RL with 1,600 lists in all; supervised training on as many lists with their targets; CFT
 # on the teacher's own responses.
 ROUNDS = dict(rl_steps=100, rl_lr=3e-4, rl_prompts=16, rl_group=16)
 TOLD = dict(world="toy_target", cft_prompts=1600)
@@ -102,8 +102,8 @@ ENTRIES = {
         forwards=3.3),
 
     # A hundred steps of OPD, with four roll-outs a prompt, take about as long as 800 steps of CFT.
-    # On Beauty 50 of them take somewhat longer than 400. There RL's 30 rounds take 1.6 times as long
-    # as the 50 steps of OPD; more OPD has 90 steps more.
+    # On Beauty 50 of them take somewhat longer than 400. There RL's 30 rounds take 1.6 times as
+    # long as the 50 steps of OPD; more OPD has 90 steps more.
     "paper": Entry(
         "The paper's recipe as it is written: what does each stage add?",
         config="toy_paper",
@@ -166,8 +166,9 @@ ENTRIES = {
     # supervised training that is told what the users of 1,600 lists took (CFT with blocks of one
     # token is AR training). "AR told" is a bound and no control: it is told for all lists. The
     # supervised steps and rate are the best of six on the validation users of seed 0, RL's rate is
-    # the best of three. On those of seed 1 the steps and the rate of "CFT told 1600" are the best of
-    # four, and with roll-outs at tau .9 RL in blocks does no better at a higher rate, nor at tau .5.
+    # the best of three. On those of seed 1 the steps and the rate of "CFT told 1600" are the best
+    # of four. With roll-outs at tau .9 RL in blocks does no better there at a higher rate, nor at
+    # tau .5.
     "expert": Entry(
         "The text ranks as an expert who errs: does RL learn what the users took instead?",
         settings=dict(world="toy_expert"),
@@ -183,11 +184,10 @@ ENTRIES = {
             "RL in blocks": student("rl", "CFT of AR", **ROUNDS, rl_tau=1.0),
             "RL in blocks at .9": student("rl", "CFT of AR", **ROUNDS),
             "CFT told 1600": student("cft", "AR", **TOLD)},
-        claims=(*against("AR", "RL", "AR told 1600"),
-                *(("RL", control) for control in ("more AR", "AR told 1600", "AR told")),
+        claims=(("RL", "AR"), ("AR told 1600", "AR"),
+                ("RL", "more AR"), ("RL", "AR told 1600"), ("RL", "AR told"),
                 *against("CFT of AR", "CFT of RL", "RL in blocks", "RL in blocks at .9"),
-                *(("RL in blocks", control)
-                  for control in ("RL in blocks at .9", "CFT told 1600")))),
+                ("RL in blocks", "RL in blocks at .9"), ("RL in blocks", "CFT told 1600"))),
 
     # All runs of RL cost the same; 40 roll-outs of 64 answers take more time than 250 steps of CFT.
     "hacking": Entry(
