@@ -40,7 +40,7 @@ from data import joined
 from entries import ENTRIES
 from evaluate import paired_interval, score
 from ours.wording import consistency
-from plumbing.checkpoint import (CODE, checksum, load_stage, load_tensors, own_path,
+from plumbing.checkpoint import (CODE, checksum, code_of, load_stage, load_tensors, own_path,
                                  save_atomically, save_tensors)
 from plumbing.script import script
 from plumbing.settings import Text, UserError, Whole, settings_of
@@ -72,6 +72,7 @@ class Job:
     name: str
     cfg: Config    # its run_dir is the student's own
     stages: tuple  # that it trains
+    script: str    # that trains them, if it is not their own
     start: "Job"   # that it goes on from, or None
     key: str       # checksum of all settings that the weights depend on
 
@@ -103,12 +104,16 @@ def make_job(cfg, entry, name, seed):
     del values["seed"]
     if student.stages[-1:] not in (("ar",), ("cft",)):
         values["commit"] = own.commit  # the rule of the roll-outs, or of the decoder
-    key = checksum(student.stages, values, start.key if start else "")[:8]
+    of_script = []
+    if student.script:  # it may read any of the settings
+        values = {name: value for name, value in vars(own).items() if name not in NOT_COMPARED}
+        of_script = [code_of(student.script)]
+    key = checksum(student.stages, values, start.key if start else "", *of_script)[:8]
     place = os.path.join(cfg.run_dir, "compare", f"{'_'.join(student.stages) or 'decode'}-{key}")
     own = dataclasses.replace(own, run_dir=place, from_="")
     if start:  # see gather
         own = dataclasses.replace(own, from_=folder(own, f"seed{seed}", "from"))
-    return Job(name, own, student.stages, start, key)
+    return Job(name, own, student.stages, student.script, start, key)
 
 
 def has_finished(job):
@@ -156,10 +161,11 @@ def train_stage(job, stage):
     words = ["--config", cfg.config, *arguments(cfg, preset(cfg.config))]
     output = Path(own_path(cfg, stage)).with_name("output.txt")
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", f"train_{stage}.py", *words])
+    program = job.script or f"train_{stage}.py"
+    command = shlex.join(["python", program, *words])
     print(f"seed {cfg.seed}, {job.name}: {command} > {output}", flush=True)
     with open(output, "w") as file:
-        done = subprocess.run([sys.executable, ROOT / f"train_{stage}.py", *words],
+        done = subprocess.run([sys.executable, ROOT / program, *words],
                               stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         lines = output.read_text().splitlines()
@@ -336,11 +342,14 @@ def main(cfg, options):
     tests, students = {}, {}
     for job in jobs:
         test, line = measure(entry, job)
+        differs = dict(entry.students[job.name].settings)
+        if job.script:
+            differs["script"] = job.script
         tests.setdefault(job.name, {})[job.cfg.seed] = test
         settings = {k: v for k, v in vars(job.cfg).items() if k not in NOT_COMPARED}
         student = students.setdefault(job.name, {
             "stages": job.stages, "start": entry.students[job.name].start,
-            "differs": entry.students[job.name].settings, "key": job.key,
+            "differs": differs, "key": job.key,
             "folder": job.cfg.run_dir, "users": len(test["valid"]), "settings": settings,
             "seeds": {}})
         student["seeds"][str(job.cfg.seed)] = line

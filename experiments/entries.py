@@ -19,6 +19,7 @@ class Student:
     stages: tuple   # to train, in this order
     start: str      # name of the student that it goes on from; "": it trains a teacher of its own
     settings: dict  # in which it differs from that one
+    script: str     # that trains it, if it is not the stage's own
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Entry:
     #   the validation users of those that keep to it. None: tau is that of the settings
 
 
-def student(stages, start="", **settings):
-    return Student(tuple(stages.split()), start, settings)
+def student(stages, start="", script="", **settings):
+    return Student(tuple(stages.split()), start, settings, script)
 
 
 def against(control, *students):
@@ -65,17 +66,22 @@ WORTH = (("CFT", "no first steps"), ("CFT", "no misplaced labels"), ("CFT", "no 
          *against("nothing of ours", "CFT", "first steps alone", "misplaced labels alone",
                   "AR loss alone", "apart alone"))
 
+# CFT in the sampler's states. A step has one more forward than one of CFT.
+PUMA = "experiments/puma.py"
+
 # The paper's recipe, whose teacher is trained by AR, then by RL. Our commit rule costs nothing.
 PAPER = {
     "AR": student("ar"),
     "GR2": student("rl", "AR", block_size=1),
     "CFT": student("cft", "GR2", block_size=32),
     "more CFT": student("cft", "GR2", block_size=32, cft_steps="+800"),
+    "PUMA": student("cft", "GR2", PUMA, block_size=32, cft_steps="+800"),
     "CFT apart": student("", "CFT", commit="apart"),
     "OPD": student("opd", "CFT"),
     "RL": student("rl", "OPD")}
-PAPER_CLAIMS = (("GR2", "AR"), ("CFT", "GR2"), ("OPD", "CFT"), ("OPD", "more CFT"),
-                ("OPD", "CFT apart"), ("RL", "OPD"), ("RL", "CFT apart"))
+PAPER_CLAIMS = (("GR2", "AR"), *against("GR2", "CFT", "PUMA"), ("PUMA", "more CFT"),
+                ("OPD", "CFT"), ("OPD", "more CFT"), ("OPD", "PUMA"), ("OPD", "CFT apart"),
+                ("RL", "OPD"), ("RL", "PUMA"), ("RL", "CFT apart"))
 PAPER_TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 # Rounds of RL with 1,600 lists in all; supervised training on as many lists with their targets; CFT
@@ -116,6 +122,7 @@ ENTRIES = {
         config="small_paper",
         settings=dict(cft_steps=1000, n_val=500),
         students={**PAPER, "more CFT": student("cft", "GR2", block_size=32, cft_steps="+400"),
+                  "PUMA": student("cft", "GR2", PUMA, block_size=32, cft_steps="+400"),
                   "more OPD": student("opd", "CFT", opd_steps="+90")},
         claims=(*PAPER_CLAIMS, ("RL", "more OPD")),
         taus=PAPER_TAUS,
@@ -135,12 +142,13 @@ ENTRIES = {
             "OPD": student("opd", "CFT"),
             "OPD same prompts": student("opd", "CFT", opd_prompts=300),
             "more CFT": student("cft", "AR", cft_steps="+600"),
+            "PUMA": student("cft", "AR", PUMA, cft_steps="+600"),
             "CFT as many forwards": student("cft", "AR", cft_prompts=578, cft_steps=385),
             "CFT as many forwards longer": student("cft", "AR", cft_prompts=578,
                                                    cft_steps="+600"),
             "RL": student("rl", "OPD"),
             "more OPD": student("opd", "CFT", opd_steps="+300")},
-        claims=(("OPD", "CFT"), ("OPD", "more CFT"), ("OPD", "OPD same prompts"),
+        claims=(("OPD", "CFT"), ("OPD", "more CFT"), ("OPD", "PUMA"), ("OPD", "OPD same prompts"),
                 ("OPD", "CFT as many forwards"), ("OPD", "CFT as many forwards longer"),
                 ("RL", "OPD"), ("RL", "more OPD")),
         taus=(0.3, 0.5, 0.7, 0.8, 0.9),

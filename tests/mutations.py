@@ -162,6 +162,10 @@ MUTATIONS = {
         ("key = checksum(weights, settings, code", "key = checksum(weights, code",
          "experiments/settings"),
         ("if curve[at]", "if True or curve[at]", "experiments/operating")],
+    "experiments/puma.py": [
+        ("is_open & (token != PAD)", "is_open", "experiments/unmasking"),
+        ("masked & ~chosen", "masked & chosen", "experiments/unmasking"),
+        ("share * others.shape[-1]", "share", "experiments/unmasking")],
     "experiments/own_world.py": [
         ("with cut[1].without(fold), cut[2]", "with cut[2]", "own_requests/known")],
     "evaluate.py": [

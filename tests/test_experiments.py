@@ -21,6 +21,7 @@ from conftest import ROOT  # first: it puts the code on Python's path
 import compare
 import evaluate
 import own_world
+import puma
 import train_ar
 import train_cft
 import train_opd
@@ -29,13 +30,16 @@ import toy.world
 import traces
 import trainer
 from config import Config
-from data import EOS, MASK, NONE, faithfulness, joined, parse_answers, responses
+from data import EOS, MASK, NONE, PAD, faithfulness, joined, parse_answers, responses
+from diffusion import decode_states, every_block, take_blocks
 from entries import ENTRIES, Entry, against, student
 from make_beauty import make_beauty
+from model import GPT
 from ours.wording import consistency, reword
 from plumbing.checkpoint import checksum, load_stage, load_tensors
 from plumbing.script import script
 from plumbing.settings import UserError, parse_args
+from sampler import block_decode
 from scripts import checkpoint, refused, run
 
 TINY = dict(d_model=16, n_head=2, n_layer=1, n_train=64, n_val=8, n_test=60, batch_size=4,
@@ -226,6 +230,32 @@ def test_a_claim_is_the_interval_of_the_seeds_that_both_students_have():
         difference = np.stack([one[seed][metric] - other[seed][metric] for seed in (1, 2)])
         interval, n_differ = evaluate.paired_interval(difference)
         assert found[metric] == {"interval": interval, "users that differ": n_differ}
+
+
+# --- puma.py ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("commit", ("threshold", "apart"))
+def test_unmasking_a_models_own_text_repeats_its_decode(commit):
+    cfg = Config(commit=commit, n_candidates=4)
+    torch.manual_seed(3)
+    model = GPT(30, n_layer=1, n_head=2, d_model=16)
+    prompt = torch.randint(MASK + 1, 30, (20, 6))
+    rule = trainer.rule_of(cfg, 0.3)
+    decoded = block_decode(model, prompt, 12, 4, rule)
+    written = take_blocks(decoded.tokens != PAD, every_block(decoded.tokens, 4), 4)  # (N, M, B)
+    masked = torch.ones_like(written)
+    for step in range(5):
+        block = every_block(decoded.tokens, 4)                    # (N, M)
+        _, expected = decode_states(decoded, block, torch.full_like(block, step))
+        assert (masked == expected)[written].all()
+        is_open = puma.open_in(decoded.clean, masked)
+        weight = puma.noise_of(is_open)
+        assert torch.allclose(weight[..., 1:].sum(-1), 3.0 * is_open[..., 1:].any(-1))
+        assert (weight[..., 1:] > 0).equal(is_open[..., 1:]) and (weight[..., 0] == 1).all()
+        masked = puma.unmask(model, rule, prompt, decoded.clean, masked)
+    assert not puma.open_in(decoded.clean, masked).any()
+    assert not puma.open_in(torch.full((20, 12), PAD), torch.ones_like(written)).any()
+    assert len(decoded.commit_step[decoded.tokens != PAD].unique()) > 2  # steps that differ
 
 
 # --- traces.py ----------------------------------------------------------------------------------
