@@ -1,11 +1,13 @@
-"""CFT in states that the sampler would make: PUMA (arXiv 2602.10314), a control of OPD.
+r"""CFT in states that the sampler would make: PUMA (arXiv 2602.10314), a control of OPD.
 
-    python experiments/puma.py --config toy_paper --cft_steps 2800
+    python experiments/puma.py --config toy_paper --run_dir runs/puma \
+        --from runs/teacher/toy_paper/seed0/rl
 
-CFT masks at random, but the sampler first commits what the model is sure of. OPD meets such states
-in roll-outs. Here a training response is unmasked as the sampler would do it, by the commit rule at
-opd_tau, except that a committed slot shows the token of the training text. After each training step
-the whole batch goes one step further. A response that is unmasked makes room for another one.
+After `make paper`, this trains another student of the same teacher. CFT masks at random, but the
+sampler first commits what the model is sure of. OPD meets such states in roll-outs. Here a training
+response is unmasked as the sampler would do it, by the commit rule at opd_tau, except that a
+committed slot shows the token of the training text. After each training step the whole batch goes
+one step further. A response that is unmasked makes room for another one.
 
 All else is as in train_cft.py, whose checkpoint this writes. PUMA takes the confidences from the
 forward of the loss. Here they come from one more forward, so a step takes longer. A run that was
