@@ -148,9 +148,9 @@ ENTRIES = {
                                                    cft_steps="+600"),
             "RL": student("rl", "OPD"),
             "more OPD": student("opd", "CFT", opd_steps="+300")},
-        claims=(("OPD", "CFT"), ("OPD", "more CFT"), ("OPD", "PUMA"), ("OPD", "OPD same prompts"),
-                ("OPD", "CFT as many forwards"), ("OPD", "CFT as many forwards longer"),
-                ("RL", "OPD"), ("RL", "more OPD")),
+        claims=(("PUMA", "more CFT"), ("OPD", "CFT"), ("OPD", "more CFT"), ("OPD", "PUMA"),
+                ("OPD", "OPD same prompts"), ("OPD", "CFT as many forwards"),
+                ("OPD", "CFT as many forwards longer"), ("RL", "OPD"), ("RL", "more OPD")),
         taus=(0.3, 0.5, 0.7, 0.8, 0.9),
         forwards=7.0),
 
