@@ -100,16 +100,23 @@ def falsified(trace, order):
     return out
 
 
+def toy_items(split, n_labels):
+    """The values that the prompts of a toy Split show: of the history (N, H, A), and of the
+    candidates (N, K, A), negative in empty places."""
+    first = toy_words(n_labels).index("x0") + TOY_VALUES * np.arange(TOY_ATTRIBUTES)
+    N, K = split.incoming.shape
+    n_history = TOY_HISTORY * TOY_ATTRIBUTES                      # tokens, after <history>
+    history = split.prompt[:, 1:1 + n_history].reshape(N, TOY_HISTORY, TOY_ATTRIBUTES) - first
+    listed = split.prompt[:, 2 + n_history:].reshape(N, K, 1 + TOY_ATTRIBUTES)
+    return history, listed[..., 1:] - first
+
+
 def toy_edited(world):
     """Test users of whom an item of the history has another value, that of a candidate, in one
     attribute: a Split, and the oracle's scores (N, K) before and after."""
     split, rng = world.test, np.random.default_rng(3)
-    first = toy_words(world.n_labels).index("x0") + TOY_VALUES * np.arange(TOY_ATTRIBUTES)
     N, K = split.incoming.shape                                   # all lists are full
-    n_history = TOY_HISTORY * TOY_ATTRIBUTES                      # tokens, after <history>
-    history = split.prompt[:, 1:1 + n_history].reshape(N, TOY_HISTORY, TOY_ATTRIBUTES) - first
-    listed = split.prompt[:, 2 + n_history:].reshape(N, K, 1 + TOY_ATTRIBUTES)
-    items = listed[..., 1:] - first                               # (N, K, A)
+    history, items = toy_items(split, world.n_labels)             # (N, H, A), (N, K, A)
 
     def oracle():
         counts = (history[..., None] == np.arange(TOY_VALUES)).sum(1)  # (N, A, V)

@@ -166,6 +166,11 @@ MUTATIONS = {
         ("is_open & (token != PAD)", "is_open", "experiments/unmasking"),
         ("masked & ~chosen", "masked & chosen", "experiments/unmasking"),
         ("share * others.shape[-1]", "share", "experiments/unmasking")],
+    "experiments/induced.py": [
+        ("min(int(count), most)", "int(count)", "experiments/turned"),
+        ("rewards[len(trace):] - as_it_is[row]", "rewards[len(trace):]", "experiments/turned"),
+        ("ndcg * read.valid", "ndcg", "experiments/expects"),
+        ("return {count: false[", "return {count: ~false[", "experiments/counted")],
     "experiments/own_world.py": [
         ("with cut[1].without(fold), cut[2]", "with cut[2]", "own_requests/known")],
     "evaluate.py": [

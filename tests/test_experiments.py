@@ -20,6 +20,7 @@ from conftest import ROOT  # first: it puts the code on Python's path
 
 import compare
 import evaluate
+import induced
 import own_world
 import puma
 import train_ar
@@ -69,7 +70,8 @@ def made_up(cfg, model, split, tau):
     rng = np.random.default_rng(int(checksum(weights, cfg.commit, split, tau)[:8], 16))
     n = cfg.n_val if split == "val" else cfg.n_test
     return {"forwards": np.full(n, 10 * (tau or 4)), "valid": rng.random(n).round(),
-            "strict ndcg@10": rng.random(n) / 10 + (tau or 0), "faithful": np.ones(n), "copied": np.zeros(n)}
+            "strict ndcg@10": rng.random(n) / 10 + (tau or 0), "faithful": np.ones(n),
+            "copied": np.zeros(n)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -406,6 +408,73 @@ def test_interventions_on_a_run(monkeypatch, capsys, teacher_and_student, tmp_pa
         message = refused(capsys, run, traces, monkeypatch, teacher_and_student, *tiny,
                           option, value, "--from", str(teacher_and_student / "toy" / "seed0"))
         assert "with --trace free" in message or "leave out --seeds" in message
+
+
+# --- induced.py ---------------------------------------------------------------------------------
+
+def test_a_turned_statement_is_worth_what_it_adds(world, monkeypatch):
+    full, short = (induced.that_says(world, most) for most in (3, 1))
+    assert np.array_equal(full.test.trace, world.test.trace[:, 4:])
+    for long, brief in zip(spelled(full, full.test.trace[0]), spelled(short, short.test.trace[0])):
+        assert brief == long.replace(":2", ":1").replace(":3", ":1")
+    false = induced.turned(world.words)[torch.from_numpy(short.test.trace).long()]
+    for word, lie in zip(spelled(world, short.test.trace[0]), spelled(world, false[0])):
+        opposite = {":0": word[:-1] + "1", ":1": word[:-1] + "0"}
+        assert lie == opposite.get(word[-2:], "[PAD]")
+
+    # A stand-in for the model whose answer repeats the trace; the reward is a weighted sum.
+    monkeypatch.setattr(induced, "ar_decode", lambda model, read, length: (read, None, None))
+    trace = torch.from_numpy(short.test.trace[:5]).long()
+    weight = torch.arange(1., 6)[:, None] * torch.arange(trace.shape[1])
+
+    def worth(answer, row):
+        return (answer * weight[row]).sum(1)
+    added, as_it_is = induced.turn_each(None, trace, false[:5], worth, 0)
+    assert torch.equal(as_it_is, worth(trace, np.arange(5)))
+    assert torch.equal(added, torch.where(false[:5] > 0, (false[:5] - trace) * weight, 0.0))
+
+
+def test_the_reward_is_the_ndcg_that_the_oracle_expects(world):
+    split = world.test
+    chance = induced.chances(split, world.n_labels)
+    best = torch.from_numpy(responses(split.trace[:, :0], split.order))
+    found = induced.expected_ndcg(best, split.incoming, chance)
+    for n in range(5):
+        terms = [chance[n, label] / np.log2(2 + i) for i, label in enumerate(split.order[n])]
+        assert found[n] == pytest.approx(sum(terms)) and chance[n].sum() == pytest.approx(1)
+    assert (induced.expected_ndcg(best.flip(1), split.incoming, chance) == 0).all()  # invalid
+    share = (split.target[:, None] == split.incoming).astype(float)
+    exact = evaluate.score(world, split, best.numpy())["strict ndcg@10"]
+    assert np.allclose(induced.expected_ndcg(best, split.incoming, share), exact)
+
+
+def test_false_statements_are_counted_by_what_is_true(world):
+    full, short = (induced.that_says(world, most) for most in (3, 1))
+    says = np.array([word[-2:] for word in world.words])[full.test.trace]  # (N, T)
+    opposite = induced.turned(world.words).numpy()[short.test.trace]
+    lies = np.where(says == ":1", opposite, short.test.trace)
+    assert induced.false_shares(full, short, lies) == {"never": 0, "once": 1, "more often": 0}
+
+
+def test_the_arms_of_induced_begin_alike(monkeypatch, capsys, tmp_path):
+    few = dict(rl_steps=1, cft_steps=2, rl_prompts=4)
+    monkeypatch.setattr(induced, "SETTINGS", induced.SETTINGS | few)
+    taught = ("--n_train", "500", "--ar_steps", "80", "--ar_lr", "0.01", "--answer_share", "0.2",
+              "--batch_size", "16")
+    run(induced, monkeypatch, tmp_path, *taught)
+    found = json.loads((tmp_path / "toy" / "induced.json").read_text())
+    assert [line["student"] for line in found["students"]] == ["before", *induced.ARMS]
+    before, *arms = found["students"]
+    assert before["gain"] is before["cross_reader"] is None
+    starts = {load_tensors(tmp_path / "induced" / arm / "toy/seed0/rl/checkpoint.pt")["start"]
+              for arm in induced.ARMS}
+    assert len(starts) == 1 and all(line["faithful"] < 1 for line in arms)
+
+    def message(*options):
+        return refused(capsys, run, induced, monkeypatch, tmp_path, *taught, *options)
+    assert "--config toy" in message("--config", "small")
+    monkeypatch.setattr(induced, "turned", lambda words: torch.zeros(len(words), dtype=int))
+    assert "more --ar_steps" in message("--ar_steps", "2", "--seed", "1")
 
 
 # --- The weights that come along ----------------------------------------------------------------
