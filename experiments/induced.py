@@ -9,12 +9,13 @@ whether the history has it (x3:1) or not (x3:0), never how often:
 
 The teacher has first learned to write how often, then to leave that out. So it knows more than a
 trace may say, and with --trace bound the answer is written from the trace alone. A false statement
-that tells the reader more than the true one then raises the reward. Three students of this teacher
+that tells the reader more than the true one then raises the reward. Four students of this teacher
 (*before*) are trained by RL, in equally many rounds:
 
-    answers    the policy is the answers to the traces of the rule, as in train_rl.py
-    traces     the policy is traces and answers: the model ranks from what it wrote itself
-    anchored   the same, and the AR loss on the text of the rule is added
+    answers      the policy is the answers to the traces of the rule, as in train_rl.py
+    traces       the policy is traces and answers: the model ranks from what it wrote itself
+    anchored     the same, and the AR loss on the text of the rule is added
+    anchored10   the same, and the AR loss weighs ten times as much
 
 The reward is the N@10 that an answer is expected to have, by the chances of the oracle. Whole
 traces that are sampled teach very little here: a sure model hardly ever lies. So a trace is
@@ -68,8 +69,7 @@ SETTINGS = dict(
     trace="bound", wording="fixed", block_size=1, commit="threshold", cft_first_steps=0.0,
     cft_misplace=0.0, cft_ar_weight=0.0, cft_steps=300, cft_lr=1e-3, rl_steps=150, rl_lr=3e-4,
     rl_prompts=32)
-ARMS = ("answers", "traces", "anchored")
-ANCHOR = 1.0  # weight of the AR loss
+ARMS = {"answers": 0.0, "traces": 0.0, "anchored": 1.0, "anchored10": 10.0}  # weight of the AR loss
 COUNTS = {"never": [":0"], "once": [":1"], "more often": [":2", ":3"]}  # how a statement ends
 SHARES = ("valid", "faithful", *COUNTS)
 DIFFERENCES = ("gain", "by traces", "cross_reader")
@@ -204,10 +204,10 @@ def train(cfg, world, arm):
                     logp[:, None], old[:, None], advantage[is_statement],
                     torch.ones_like(logp[:, None]), cfg.rl_eps_low, cfg.rl_eps_high)
                 loss = loss + of_traces
-            if arm == "anchored":
+            if ARMS[arm]:
                 examples, some = draw_examples(kinds, cfg.batch_size, cfg.answer_share, rng)
                 text = tensors(examples, some, device_of(cfg))
-                loss = loss + ANCHOR * train_ar.ar_loss(cfg, model, *text)
+                loss = loss + ARMS[arm] * train_ar.ar_loss(cfg, model, *text)
             log |= run.update(loss)
         run.log(**log)
 
