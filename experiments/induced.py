@@ -53,7 +53,6 @@ from data import as_prompt, draw_examples, draw_rows, examples_of, joined, parse
 from evaluate import score
 from model import ar_decode, causal_hidden
 from plumbing.checkpoint import load_stage, made_by, start_from
-from plumbing.processes import device_of
 from plumbing.script import script
 from plumbing.settings import Text, UserError
 from report.intervals import interval_text, paired_interval
@@ -64,12 +63,13 @@ from traces import answers, capacity_bits, toy_items
 from train_rl import advantages, policy_loss
 from trainer import Run, ar_decoder, autocast, decode_split, load_world, rng_for, sampling_on
 
-# AR, 300 more steps after which traces say less (CFT with blocks of one token is AR training), RL.
+# After AR, 300 more steps in which traces say less (CFT with blocks of one token is AR training).
 SETTINGS = dict(
-    trace="bound", wording="fixed", block_size=1, commit="threshold", cft_first_steps=0.0,
-    cft_misplace=0.0, cft_ar_weight=0.0, cft_steps=300, cft_lr=1e-3, rl_steps=150, rl_lr=3e-4,
-    rl_prompts=32)
-ARMS = {"answers": 0.0, "traces": 0.0, "anchored": 1.0, "anchored10": 10.0}  # weight of the AR loss
+    device="cpu", trace="bound", wording="fixed", block_size=1, commit="threshold",
+    cft_first_steps=0.0, cft_misplace=0.0, cft_ar_weight=0.0, cft_steps=300, cft_lr=1e-3,
+    rl_steps=150, rl_lr=3e-4, rl_prompts=32)
+# What RL trains, and the weight of the AR loss.
+ARMS = {"answers": 0.0, "traces": 0.0, "anchored": 1.0, "anchored10": 10.0}
 COUNTS = {"never": [":0"], "once": [":1"], "more often": [":2", ":3"]}  # how a statement ends
 SHARES = ("valid", "faithful", *COUNTS)
 DIFFERENCES = ("gain", "by traces", "cross_reader")
@@ -161,7 +161,7 @@ def train(cfg, world, arm):
     for step in run.steps():
         rng = rng_for(cfg, "induced", step)
         rows = draw_rows(len(world.train), cfg.rl_prompts, rng)   # (N,)
-        prompt, trace = tensors(kinds[0], rows, device_of(cfg))   # (N, P), (N, R)
+        prompt, trace = tensors(kinds[0], rows, "cpu")            # (N, P), (N, R)
 
         def worth(answer, which):
             users = rows[which]
@@ -206,7 +206,7 @@ def train(cfg, world, arm):
                 loss = loss + of_traces
             if ARMS[arm]:
                 examples, some = draw_examples(kinds, cfg.batch_size, cfg.answer_share, rng)
-                text = tensors(examples, some, device_of(cfg))
+                text = tensors(examples, some, "cpu")
                 loss = loss + ARMS[arm] * train_ar.ar_loss(cfg, model, *text)
             log |= run.update(loss)
         run.log(**log)
