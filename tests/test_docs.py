@@ -301,7 +301,8 @@ def test_commands_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.setattr("report.speed.in_turn", lambda jobs, _: dict.fromkeys(jobs, rounds))
     for program, path, *options in dict.fromkeys(words for words in map(tuple, todo) if words[2:]):
         tool = path.startswith("tests") or path in (
-            "beauty/convert.py", "experiments/compare.py", "experiments/peer_sasrec.py")
+            "beauty/convert.py", "experiments/compare.py", "experiments/induced.py",
+            "experiments/peer_sasrec.py")
         if not program.startswith("python") or path[0] == "-" or tool or "weights" in options:
             continue
         few = EVALUATION if path in ("evaluate.py", "experiments/own_world.py") else []
