@@ -459,8 +459,8 @@ def test_false_statements_are_counted_by_what_is_true(world):
 def test_the_arms_of_induced_begin_alike(monkeypatch, capsys, tmp_path):
     few = dict(rl_steps=1, cft_steps=2, rl_prompts=4)
     monkeypatch.setattr(induced, "SETTINGS", induced.SETTINGS | few)
-    taught = ("--n_train", "500", "--ar_steps", "80", "--ar_lr", "0.01", "--answer_share", "0.2",
-              "--batch_size", "16")
+    taught = ("--n_candidates", "4", "--n_train", "500", "--ar_steps", "200", "--ar_lr", "0.01",
+              "--answer_share", "0.2", "--batch_size", "16", "--every", "100")
     run(induced, monkeypatch, tmp_path, *taught)
     found = json.loads((tmp_path / "toy" / "induced.json").read_text())
     assert [line["student"] for line in found["students"]] == ["before", *induced.ARMS]
