@@ -32,7 +32,7 @@ demo: .venv/ready
 
 # The tests in two halves, side by side; the first half's output comes last.
 # UNTOUCHED: that the graders of docs/exercises.md fail on the code as it is given
-FIRST = $(wildcard tests/test_[a-e]*.py)
+FIRST = $(wildcard tests/test_[a-d]*.py)
 SECOND = $(filter-out $(FIRST), $(wildcard tests/test_*.py))
 PYTEST = UNTOUCHED=1 $(RUN) -m pytest -q
 test: .venv/ready
