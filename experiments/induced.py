@@ -22,7 +22,8 @@ traces that are sampled teach very little here: a sure model hardly ever lies. S
 compared with itself after one statement has been turned (0 to 1, or 1 to 0), for every statement
 in it. The advantage of a turned statement is what it adds to the reward.
 
-Writes induced.json and induced.md to runs/<config>/. All users are test users.
+SETTINGS below hold whatever the command says. Writes induced.json and induced.md to
+runs/<config>/. All users are test users.
 
     faithful       share of true statements about a candidate, three values each
     never, once, more often
@@ -58,8 +59,8 @@ from plumbing.settings import Text, UserError
 from report.intervals import interval_text, paired_interval
 from report.table import chosen_seeds, plain, write_json, write_text
 from tables import share, table
-from toy.world import TOY_ATTRIBUTES, TOY_VALUES, toy_oracle
-from traces import answers, capacity_bits, toy_items
+from toy.world import TOY_ATTRIBUTES
+from traces import answers, capacity_bits, oracle_scores, toy_items
 from train_rl import advantages, policy_loss
 from trainer import Run, ar_decoder, autocast, decode_split, load_world, rng_for, sampling_on
 
@@ -107,9 +108,7 @@ def turned(words):
 
 def chances(split, n_labels):
     """P(target = c | prompt) of every candidate, by the oracle: (N, K)."""
-    history, items = toy_items(split, n_labels)                   # (N, H, A), (N, K, A)
-    counts = (history[..., None] == np.arange(TOY_VALUES)).sum(1)  # (N, A, V)
-    odds = np.exp(toy_oracle(counts, items.clip(0), split.list_length))
+    odds = np.exp(oracle_scores(*toy_items(split, n_labels), split.list_length))
     return odds / odds.sum(1, keepdims=True)
 
 
@@ -117,7 +116,7 @@ def expected_ndcg(answer, incoming, chance):
     """The N@10 that is expected of answers (N, R), tokens; 0 if an answer is invalid: (N,).
 
     incoming (N, K) labels, chance (N, K) of each of them to be the target."""
-    read = parse_answers(answer.cpu().numpy(), incoming)
+    read = parse_answers(answer.numpy(), incoming)
     of_place = np.take_along_axis(chance, read.order.clip(0), 1)  # (N, K)
     discount = np.log2(np.arange(incoming.shape[1]) + 2)          # (K,)
     ndcg = np.where(read.order >= 0, of_place / discount, 0).sum(1)
@@ -126,13 +125,15 @@ def expected_ndcg(answer, incoming, chance):
 
 def read_as(trace):
     """Traces (N, R) as prompts of answers."""
-    return torch.from_numpy(as_prompt(trace.cpu().numpy())).to(trace.device)
+    return torch.from_numpy(as_prompt(trace.numpy()))
 
 
 def turn_each(model, trace, opposite, worth, max_len):
-    """What it would add to the reward to turn one statement of a trace: (N, R), 0 where there is
-    no statement. trace, opposite (N, R); worth(answer, row) rewards answers to traces of the rows
-    (n,) -> the additions, and the rewards (N,) of the traces as they are."""
+    """What it would add to the reward to turn one statement of a trace, for each statement, row by
+    row: (n,). And the rewards (N,) of the traces as they are.
+
+    trace (N, R); opposite (N, R), 0 where there is no statement; worth(answer, row) rewards the
+    answers to traces of these rows."""
     row, slot = opposite.nonzero(as_tuple=True)                   # (n,) a turned statement each
     other = trace[row]
     other[torch.arange(len(row)), slot] = opposite[row, slot]     # (n, R)
@@ -140,8 +141,7 @@ def turn_each(model, trace, opposite, worth, max_len):
     answer, _, _ = ar_decode(model, read_as(torch.cat((trace, other))), max_len)
     rewards = worth(answer, rows.numpy())                         # (N + n,)
     as_it_is = rewards[:len(trace)]
-    added = rewards[len(trace):] - as_it_is[row]                  # (n,)
-    return torch.zeros(trace.shape).index_put((row, slot), added), as_it_is
+    return rewards[len(trace):] - as_it_is[row], as_it_is
 
 
 def logp_of(model, prompt, response, token):
@@ -172,17 +172,17 @@ def train(cfg, world, arm):
         if arm != "answers":
             trace, _, _ = ar_decode(model, prompt, trace_len)     # (N, R)
             opposite = opposite_of[trace]                         # (N, R)
-            added, as_it_is = turn_each(model, trace, opposite, worth, answer_len)
             is_statement = opposite > 0
             if is_statement.sum() < 2:
                 raise UserError("the teacher writes no statements yet: use more --ar_steps")
-            advantage = added / (added[is_statement].std() + 1e-6)
+            added, as_it_is = turn_each(model, trace, opposite, worth, answer_len)
+            advantage = added / (added.std() + 1e-6)              # (n,)
             log["reward"] = as_it_is.mean().item()
 
         # 2. A group of answers to every trace.
         which = np.repeat(np.arange(len(rows)), cfg.rl_group)     # (G,)
         read = read_as(trace[which])
-        answer, _, _ = ar_decode(model, read, answer_len, sampling_on(read.device, 1.0, rng))
+        answer, _, _ = ar_decode(model, read, answer_len, sampling_on(prompt.device, 1.0, rng))
         rewards = worth(answer, which).view(-1, cfg.rl_group)     # (N, group)
         log["sampled_reward"] = rewards.mean().item()
         of_answer = advantages(rewards)[0].flatten()              # (G,)
@@ -201,8 +201,8 @@ def train(cfg, world, arm):
                 old = logp.detach() if old is None else old
                 # Every turned statement is a response of one token.
                 of_traces, _ = policy_loss(
-                    logp[:, None], old[:, None], advantage[is_statement],
-                    torch.ones_like(logp[:, None]), cfg.rl_eps_low, cfg.rl_eps_high)
+                    logp[:, None], old[:, None], advantage, torch.ones_like(logp[:, None]),
+                    cfg.rl_eps_low, cfg.rl_eps_high)
                 loss = loss + of_traces
             if ARMS[arm]:
                 examples, some = draw_examples(kinds, cfg.batch_size, cfg.answer_share, rng)
@@ -246,9 +246,9 @@ def measures(cfg, full, world, models, other):
         return score(world, split, answer)["strict ndcg@10"]      # (N,)
     for name, model in models.items():
         (trace, own), _ = decode_split(cfg, world, split, ar_decoder(model))
-        served = ndcg(own)
-        of_rule = answers(cfg, world, ar_decoder(model), split.prompt, split.trace)
         scores = score(world, split, joined([trace, own]))
+        served = scores["strict ndcg@10"]                         # (N,)
+        of_rule = answers(cfg, world, ar_decoder(model), split.prompt, split.trace)
         out[name] = {
             "ndcg@10": served.mean(),
             "valid": scores["valid"].mean(),
@@ -291,7 +291,8 @@ def main(cfg, options):
         raise UserError("this leaves out what the toy world's traces say: use --config toy")
     seeds = chosen_seeds(cfg, options.seeds)
     cfg = dataclasses.replace(cfg, **SETTINGS)
-    full, short = (that_says(load_world(cfg), most) for most in (3, 1))
+    world = load_world(cfg)
+    full, short = (that_says(world, most) for most in (3, 1))
     models = {seed: trained(dataclasses.replace(cfg, seed=seed), full, short) for seed in seeds}
     found = []
     for seed, following in zip(seeds, seeds[1:] + seeds[:1]):

@@ -111,22 +111,25 @@ def toy_items(split, n_labels):
     return history, listed[..., 1:] - first
 
 
+def oracle_scores(history, items, list_length):
+    """The oracle's scores (N, K) for what prompts show: history (N, H, A), items (N, K, A),
+    list_length (N,)."""
+    counts = (history[..., None] == np.arange(TOY_VALUES)).sum(1)  # (N, A, V)
+    return toy_oracle(counts, items.clip(0), list_length)
+
+
 def toy_edited(world):
     """Test users of whom an item of the history has another value, that of a candidate, in one
     attribute: a Split, and the oracle's scores (N, K) before and after."""
     split, rng = world.test, np.random.default_rng(3)
     N, K = split.incoming.shape                                   # all lists are full
     history, items = toy_items(split, world.n_labels)             # (N, H, A), (N, K, A)
-
-    def oracle():
-        counts = (history[..., None] == np.arange(TOY_VALUES)).sum(1)  # (N, A, V)
-        return toy_oracle(counts, items, np.full(N, K))           # (N, K)
-    before = oracle()
+    before = oracle_scores(history, items, split.list_length)     # (N, K)
     row, attribute = np.arange(N), rng.integers(TOY_ATTRIBUTES, size=N)
     value = items[row, rng.integers(K, size=N), attribute]
     history[row, rng.integers(TOY_HISTORY, size=N), attribute] = value
     edited = written_as_tokens(history, items, split.incoming, split.target, world.n_labels)
-    return edited, before, oracle()
+    return edited, before, oracle_scores(history, items, split.list_length)
 
 
 def consistent(order, before, after):
